@@ -1,0 +1,151 @@
+"""One row of the atlas: the frozen `Sample`, and the validation that turns a raw JSONL or parquet row into it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+MEDIA_FIELDS = ("images", "videos", "audios")
+FEATURE_FIELDS = ("ext_video_feats", "ext_audio_feats")
+TASK_KINDS = ("cls", "qa")
+
+Media = bytes | Path
+
+
+class SampleError(ValueError):
+    """A row that cannot be used, with what a person needs to find and mend it.
+
+    `kind` is one of `schema` (the row itself), `label` (answer outside the label scheme), `media` (a file that is missing or cannot be
+    decoded), `placeholders` (tags and media items do not match) and `too_long` (no room left after shortening the transcript).
+    """
+
+    def __init__(self, reason: str, *, kind: str, file: str, row: int, dataset: str, field: str) -> None:
+        super().__init__(f"{file}, row {row}, dataset {dataset!r}, field {field!r}: {reason}")
+        self.reason, self.kind, self.file, self.row, self.dataset, self.field = reason, kind, file, row, dataset, field
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild_error, (self.reason, self.kind, self.file, self.row, self.dataset, self.field)
+
+
+def _rebuild_error(reason: str, kind: str, file: str, row: int, dataset: str, field: str) -> SampleError:
+    return SampleError(reason, kind=kind, file=file, row=row, dataset=dataset, field=field)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """A record of the atlas. Media and descriptor items are file paths (JSONL) or the file's bytes (parquet).
+
+    `problem` is the whole prompt with literal `<audio>`, `<video>`, `<image>` tags; `task` ends in `_cls` or `_qa`; `rationale` is a
+    one-line reasoning text (miniature atlas only, "" elsewhere); `id` is the row index in `file`.
+    """
+
+    id: int
+    file: str
+    problem: str
+    answer: str
+    dataset: str
+    modality_signature: str
+    task: str
+    class_label: str
+    images: tuple[Media, ...] = ()
+    videos: tuple[Media, ...] = ()
+    audios: tuple[Media, ...] = ()
+    ext_video_feats: tuple[Media, ...] = ()
+    ext_audio_feats: tuple[Media, ...] = ()
+    rationale: str = ""
+
+    @property
+    def kind(self) -> str:
+        """`cls` (one of a list of labels) or `qa` (free text): what follows the last underscore of `task`."""
+        return task_kind(self.task)
+
+    def error(self, reason: str, *, kind: str, field: str) -> SampleError:
+        """A `SampleError` about this row."""
+        return SampleError(reason, kind=kind, file=self.file, row=self.id, dataset=self.dataset, field=field)
+
+
+def task_kind(task: str) -> str:
+    """The type of a task name: its last underscore token, `cls` or `qa`. Raises `ValueError` for anything else."""
+    kind = task.rsplit("_", 1)[-1]
+    if kind not in TASK_KINDS:
+        raise ValueError(f"task {task!r} must end in _{' or _'.join(TASK_KINDS)}")
+    return kind
+
+
+def sample_from_row(row: Mapping[str, Any], *, file: str, index: int, root: Path | None) -> Sample:
+    """Validates one raw row.
+
+    Args:
+        row: column name -> value, as JSON or parquet gave it.
+        file: what errors call the file.
+        index: row number in the file, from 0.
+        root: directory that relative paths start from; None when media are bytes (parquet).
+
+    Raises:
+        SampleError: naming file, row, dataset and field.
+    """
+    dataset = row.get("dataset")
+
+    def fault(field: str, reason: str) -> SampleError:
+        return SampleError(reason, kind="schema", file=file, row=index, dataset=str(dataset or "?"), field=field)
+
+    def text(field: str) -> str:
+        value = row.get(field)
+        if value is None:
+            raise fault(field, "is missing; every row needs it")
+        if not isinstance(value, str):
+            raise fault(field, f"must be a string, got {type(value).__name__}")
+        if not value.strip():
+            raise fault(field, "is blank; every row needs it")
+        return value
+
+    def optional_text(field: str, default: str) -> str:
+        value = row.get(field)
+        if value is None:
+            return default
+        if not isinstance(value, str):
+            raise fault(field, f"must be a string, got {type(value).__name__}")
+        return value
+
+    def items(field: str) -> tuple[Media, ...]:
+        value = row.get(field)
+        if value is None:
+            return ()
+        if isinstance(value, str | bytes) or not isinstance(value, Sequence):
+            raise fault(field, f"must be a list, got {type(value).__name__}")
+        return tuple(item(field, i, entry) for i, entry in enumerate(value))
+
+    def item(field: str, i: int, entry: Any) -> Media:
+        if root is None:
+            if not isinstance(entry, bytes):
+                raise fault(field, f"item {i} must be the file's bytes, got {type(entry).__name__}")
+            return entry
+        if not isinstance(entry, str) or not entry.strip():
+            raise fault(field, f"item {i} must be a path relative to the file's directory, got {entry!r}")
+        return root / entry
+
+    dataset = text("dataset")
+    task = text("task")
+    try:
+        task_kind(task)
+    except ValueError as error:
+        raise fault("task", str(error)) from None
+    answer = text("answer")
+    return Sample(
+        id=index,
+        file=file,
+        problem=text("problem"),
+        answer=answer,
+        dataset=dataset,
+        modality_signature=text("modality_signature").strip(),
+        task=task,
+        class_label=optional_text("class_label", answer),
+        images=items("images"),
+        videos=items("videos"),
+        audios=items("audios"),
+        ext_video_feats=items("ext_video_feats"),
+        ext_audio_feats=items("ext_audio_feats"),
+        rationale=optional_text("rationale", ""),
+    )

@@ -1,0 +1,157 @@
+"""Random access to the rows of an atlas file: JSONL beside its media, or parquet with the media inside."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from omnisapiens_jax.atlas.schema import FEATURE_FIELDS, MEDIA_FIELDS, Sample, SampleError, sample_from_row
+
+
+class Source(Protocol):
+    """Rows by number. `source[i].id == i`; a bad row raises `SampleError` when it is read, never earlier."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Sample: ...
+
+    def fingerprint(self) -> str:
+        """A digest that changes with the rows: what a cache computed from them is keyed by."""
+        ...
+
+
+def open_source(path: str | Path) -> Source:
+    """The source at a path: a `.jsonl` file, a `.parquet` file, or a directory of parquet shards."""
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"no atlas at {path}: expected a .jsonl file, a .parquet file or a directory of .parquet shards")
+    if path.is_dir():
+        shards = sorted(path.glob("*.parquet"))
+        if not shards:
+            raise FileNotFoundError(f"{path} holds no .parquet shard; name the .jsonl file itself if that is what you have")
+        return ParquetSource(shards)
+    if path.suffix == ".jsonl":
+        return JsonlSource(path)
+    if path.suffix == ".parquet":
+        return ParquetSource([path])
+    raise ValueError(f"{path} is neither .jsonl nor .parquet")
+
+
+class JsonlSource:
+    """One JSON object a line; media paths are relative to the file's directory. Lines are read when asked for."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        offsets, digest, position = [], hashlib.sha256(), 0
+        with self.path.open("rb") as file:
+            for line in file:
+                digest.update(line)
+                if line.strip():
+                    offsets.append(position)
+                position += len(line)
+        self._offsets = np.asarray(offsets, np.int64)
+        self._digest = digest.hexdigest()
+
+    def __len__(self) -> int:
+        return len(self._offsets)
+
+    def __getitem__(self, index: int) -> Sample:
+        index = _checked(index, len(self))
+        with self.path.open("rb") as file:
+            file.seek(self._offsets[index])
+            line = file.readline()
+        try:
+            row = json.loads(line)
+            problem = None if isinstance(row, dict) else f"is a JSON {type(row).__name__}, not an object"
+        except ValueError as error:
+            row, problem = {}, f"is not JSON: {error}"
+        if problem:
+            raise SampleError(problem, kind="schema", file=str(self.path), row=index, dataset="?", field="(the line)")
+        return sample_from_row(row, file=str(self.path), index=index, root=self.path.parent)
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the file."""
+        return self._digest
+
+
+class ParquetSource:
+    """Parquet shards whose media columns are `list<binary>`, read as one table in the order given.
+
+    Text columns of a shard stay in memory once touched. Media columns are read a row group at a time and the last `cached_groups` are
+    kept: rows that are near each other in a shard are cheap, a random row costs its row group.
+    """
+
+    def __init__(self, paths: list[Path], *, cached_groups: int = 4) -> None:
+        self.paths = list(paths)
+        self._cached_groups = cached_groups
+        digest, groups = hashlib.sha256(), []
+        for number, path in enumerate(self.paths):
+            metadata = pq.read_metadata(path)
+            digest.update(f"{path.name} {path.stat().st_size} {metadata.to_dict()}".encode())
+            groups += [(number, g, metadata.row_group(g).num_rows) for g in range(metadata.num_row_groups)]
+        self._groups = groups
+        self._starts = np.cumsum([0] + [rows for *_, rows in groups])
+        self._digest = digest.hexdigest()
+        self._reset()
+
+    def _reset(self) -> None:
+        self._lock = threading.Lock()
+        self._light: dict[int, Any] = {}
+        self._heavy: OrderedDict[int, Any] = OrderedDict()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k not in ("_lock", "_light", "_heavy")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._reset()
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def __getitem__(self, index: int) -> Sample:
+        index = _checked(index, len(self))
+        group = int(np.searchsorted(self._starts, index, side="right")) - 1
+        shard, _, _ = self._groups[group]
+        offset = index - int(self._starts[group])
+        with self._lock:
+            light, heavy = self._light_columns(group), self._media_columns(group)
+        row = {name: table[name][offset].as_py() for table in (light, heavy) for name in table.column_names}
+        return sample_from_row(row, file=str(self.paths[shard]), index=index, root=None)
+
+    def fingerprint(self) -> str:
+        """SHA-256 over the shards' names, sizes and footers."""
+        return self._digest
+
+    def _light_columns(self, group: int) -> Any:
+        if group not in self._light:
+            self._light[group] = self._read(group, media=False)
+        return self._light[group]
+
+    def _media_columns(self, group: int) -> Any:
+        if group not in self._heavy:
+            self._heavy[group] = self._read(group, media=True)
+            while len(self._heavy) > self._cached_groups:
+                self._heavy.popitem(last=False)
+        self._heavy.move_to_end(group)
+        return self._heavy[group]
+
+    def _read(self, group: int, *, media: bool) -> Any:
+        shard, number, _ = self._groups[group]
+        with pq.ParquetFile(self.paths[shard]) as file:
+            heavy = {*MEDIA_FIELDS, *FEATURE_FIELDS}
+            names = [name for name in file.schema_arrow.names if (name in heavy) == media]
+            return file.read_row_group(number, columns=names)
+
+
+def _checked(index: int, length: int) -> int:
+    if not 0 <= index < length:
+        raise IndexError(f"row {index} of a source of {length} rows")
+    return int(index)

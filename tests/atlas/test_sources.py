@@ -1,0 +1,104 @@
+"""JSONL and parquet give the same samples, row by row and in any order."""
+
+import json
+import pickle
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from omnisapiens_jax.atlas.schema import SampleError
+from omnisapiens_jax.atlas.sources import JsonlSource, ParquetSource, open_source
+
+LISTS = ("images", "videos", "audios", "ext_video_feats", "ext_audio_feats")
+
+
+def rows(count):
+    return [
+        {
+            "problem": f"<audio> Wie geht's {i}? 你好 é",
+            "answer": "sad",
+            "dataset": "cremad",
+            "modality_signature": "text_audio",
+            "task": "emotion_cls",
+            "class_label": "sad",
+            **{name: [] for name in LISTS},
+            "audios": [f"audio/{i}.wav"],
+        }
+        for i in range(count)
+    ]
+
+
+@pytest.fixture
+def jsonl(tmp_path):
+    path = tmp_path / "train.jsonl"
+    path.write_text("\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows(23)) + "\n")  # blank lines are skipped
+    (tmp_path / "audio").mkdir()
+    for i in range(23):
+        (tmp_path / "audio" / f"{i}.wav").write_bytes(b"RIFF" + bytes([i]))
+    return path
+
+
+@pytest.fixture
+def parquet(tmp_path):
+    """Two shards of uneven row groups, media as bytes, no `texts` column."""
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    schema = pa.schema(
+        [(name, pa.string()) for name in ("problem", "answer", "dataset", "modality_signature", "task", "class_label")]
+        + [(name, pa.list_(pa.binary())) for name in LISTS]
+    )
+    table = [{**row, "audios": [b"RIFF" + bytes([i])]} for i, row in enumerate(rows(23))]
+    pq.write_table(pa.Table.from_pylist(table[:14], schema=schema), folder / "train-00000-of-00002.parquet", row_group_size=4)
+    pq.write_table(pa.Table.from_pylist(table[14:], schema=schema), folder / "train-00001-of-00002.parquet", row_group_size=5)
+    return folder
+
+
+def test_both_kinds_hold_the_same_rows(jsonl, parquet):
+    lines, shards = open_source(jsonl), open_source(parquet)
+    assert len(lines) == len(shards) == 23
+    for i in (22, 0, 13, 14, 7, 3, 4, 22):
+        a, b = lines[i], shards[i]
+        assert a.id == b.id == i and a.problem == b.problem == rows(23)[i]["problem"]
+        assert a.audios[0].read_bytes() == b.audios[0] == b"RIFF" + bytes([i])
+
+
+def test_sources_travel_to_workers(jsonl, parquet):
+    for path in (jsonl, parquet):
+        source = open_source(path)
+        first = source[5]
+        assert pickle.loads(pickle.dumps(source))[5] == first
+
+
+def test_media_of_few_row_groups_stay_in_memory(parquet):
+    source = ParquetSource(sorted(parquet.glob("*.parquet")), cached_groups=2)
+    assert [source[i].id for i in range(23)] == list(range(23))
+    assert len(source._heavy) == 2
+
+
+def test_rows_outside_and_files_that_are_not_there(jsonl, tmp_path):
+    with pytest.raises(IndexError, match="row 23 of a source of 23"):
+        open_source(jsonl)[23]
+    with pytest.raises(IndexError, match="row -1"):
+        open_source(jsonl)[-1]
+    with pytest.raises(FileNotFoundError, match="no atlas at"):
+        open_source(tmp_path / "nothing.jsonl")
+    with pytest.raises(FileNotFoundError, match="no .parquet shard"):
+        open_source(tmp_path / "audio")
+
+
+def test_a_broken_line_is_an_error_of_that_row_only(jsonl):
+    text = jsonl.read_text().replace('{"problem": "<audio> Wie geht\'s 3?', '{"problem: "<audio> Wie geht\'s 3?')
+    jsonl.write_text(text)
+    source = JsonlSource(jsonl)
+    assert source[2].id == 2 and source[4].id == 4
+    with pytest.raises(SampleError, match="row 3.*not JSON"):
+        source[3]
+
+
+def test_fingerprints_follow_the_content(jsonl, parquet):
+    before = open_source(jsonl).fingerprint(), open_source(parquet).fingerprint()
+    assert before == (open_source(jsonl).fingerprint(), open_source(parquet).fingerprint())
+    jsonl.write_text(jsonl.read_text().replace("sad", "mad", 1))
+    (parquet / "train-00001-of-00002.parquet").unlink()
+    assert open_source(jsonl).fingerprint() != before[0] and open_source(parquet).fingerprint() != before[1]
