@@ -1,0 +1,1 @@
+"""Rewards, advantages, policy loss, replay: each pure and usable alone."""
