@@ -1,0 +1,1 @@
+"""Hugging Face <-> Flax: one name table for both directions."""

@@ -1,0 +1,213 @@
+"""Projections, norms, rotary angles and the stack of layers that every tower is built of.
+
+Logical axis names (see `parallel/rules.py` for the mesh axes they map to) are written on every parameter; activations are constrained
+with `shard`. Nothing here names a mesh axis.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import flax.linen
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+Remat = Literal["none", "full", "dots"]
+Names = tuple[str | None, ...]
+
+_REMAT_POLICIES: dict[Remat, Any] = {
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+def shard(x: jax.Array, *names: str | None) -> jax.Array:
+    """Constrains an activation's layout by logical names; does nothing outside a mesh."""
+    return flax.linen.with_logical_constraint(x, names)
+
+
+class LoraParam(nnx.Param):
+    """A LoRA factor: its own type, so that a filter can split it from the frozen base."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters on projections named by tower (`decoder`, `audio`, `vision`), never by bare suffix.
+
+    `W' = W + scale * A B` with `scale = alpha / rank` (Hu et al. 2021, section 4.1).
+    """
+
+    rank: int
+    alpha: float
+    targets: Mapping[str, tuple[str, ...]]
+
+    def __post_init__(self) -> None:
+        for tower, names in self.targets.items():
+            if tower not in LORA_TARGETS:
+                raise ValueError(f"LoRA scope {tower!r} is not a tower; known: {', '.join(LORA_TARGETS)}")
+            if unknown := set(names) - set(LORA_TARGETS[tower]):
+                raise ValueError(f"the {tower} has no projection {sorted(unknown)}; known: {', '.join(LORA_TARGETS[tower])}")
+
+    @property
+    def scale(self) -> float:
+        """The factor on the low-rank product."""
+        return self.alpha / self.rank
+
+
+LORA_TARGETS: dict[str, tuple[str, ...]] = {
+    "decoder": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+    "audio": ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"),
+    "vision": ("q", "k", "v", "proj", "gate_proj", "up_proj", "down_proj"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Build:
+    """What every module of one tower is built with."""
+
+    tower: str
+    dtype: jnp.dtype
+    param_dtype: jnp.dtype
+    lora: LoraConfig | None = None
+    remat: Remat = "none"
+
+    def lora_on(self, name: str) -> LoraConfig | None:
+        """The adapter of projection `name`, or None where none is wanted."""
+        if self.lora is None or name not in self.lora.targets.get(self.tower, ()):
+            return None
+        return self.lora
+
+    def param(
+        self, init: Callable[..., jax.Array], rngs: nnx.Rngs, shape: tuple[int, ...], names: Names, kind: type[nnx.Param] = nnx.Param
+    ) -> nnx.Param:
+        """A parameter with its logical axis names; it is laid out on a mesh later, by jit, not when it is made."""
+        return kind(init(rngs.params(), shape, self.param_dtype), out_sharding=names, eager_sharding=False)
+
+
+class Linear(nnx.Module):
+    """`x @ kernel + bias`, kernel `[in, out]`, with an optional LoRA branch beside it."""
+
+    def __init__(self, build: Build, name: str, shape: tuple[int, int], names: Names, *, bias: bool, rngs: nnx.Rngs):
+        """`names` are the logical axes of `(in, out)`; `name` is what LoRA scopes call this projection."""
+        self.dtype = build.dtype
+        self.kernel = build.param(nnx.initializers.lecun_normal(), rngs, shape, names)
+        self.bias = build.param(nnx.initializers.zeros, rngs, shape[1:], names[1:]) if bias else None
+        lora = build.lora_on(name)
+        self.lora_scale = lora.scale if lora else 0.0
+        self.lora_a = self.lora_b = None
+        if lora:
+            uniform = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # Kaiming with a = sqrt(5), as in the original LoRA
+            self.lora_a = build.param(uniform, rngs, (shape[0], lora.rank), (names[0], None), LoraParam)
+            self.lora_b = build.param(nnx.initializers.zeros, rngs, (lora.rank, shape[1]), (None, names[1]), LoraParam)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """`[..., in]` -> `[..., out]`."""
+        x = x.astype(self.dtype)
+        y = x @ self.kernel[...].astype(self.dtype)
+        if self.bias is not None:
+            y = y + self.bias[...].astype(self.dtype)
+        if self.lora_a is not None and self.lora_b is not None:
+            y = y + (x @ self.lora_a[...].astype(self.dtype)) @ self.lora_b[...].astype(self.dtype) * self.lora_scale
+        return y
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square norm in float32; the scale is multiplied after casting back, as in Qwen2."""
+
+    def __init__(self, build: Build, features: int, eps: float, *, rngs: nnx.Rngs):
+        """`features` is the width of the last axis."""
+        self.eps = eps
+        self.scale = build.param(nnx.initializers.ones, rngs, (features,), ("norm",))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """`[..., D]` -> `[..., D]`."""
+        y = x.astype(jnp.float32)
+        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
+        return y.astype(x.dtype) * self.scale[...].astype(x.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """Layer norm with affine parameters, computed in float32."""
+
+    def __init__(self, build: Build, features: int, eps: float, *, rngs: nnx.Rngs):
+        """`features` is the width of the last axis."""
+        self.eps = eps
+        self.scale = build.param(nnx.initializers.ones, rngs, (features,), ("norm",))
+        self.bias = build.param(nnx.initializers.zeros, rngs, (features,), ("norm",))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """`[..., D]` -> `[..., D]`."""
+        y = x.astype(jnp.float32)
+        y = y - jnp.mean(y, axis=-1, keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
+        return (y * self.scale[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)).astype(x.dtype)
+
+
+class SwiGLU(nnx.Module):
+    """`down(silu(gate(x)) * up(x))`."""
+
+    def __init__(self, build: Build, width: int, hidden: int, *, bias: bool, rngs: nnx.Rngs):
+        """`width` in and out, `hidden` between."""
+        self.gate_proj = Linear(build, "gate_proj", (width, hidden), ("embed", "mlp"), bias=bias, rngs=rngs)
+        self.up_proj = Linear(build, "up_proj", (width, hidden), ("embed", "mlp"), bias=bias, rngs=rngs)
+        self.down_proj = Linear(build, "down_proj", (hidden, width), ("mlp", "embed"), bias=bias, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """`[..., D]` -> `[..., D]`."""
+        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+def rotate(x: jax.Array, angles: jax.Array) -> jax.Array:
+    """Rotary embedding, half-split convention: `x [..., T, N, H]` turned by `angles [..., T, H/2]`, in float32."""
+    cos, sin = jnp.cos(angles)[..., None, :], jnp.sin(angles)[..., None, :]
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+class Stack(nnx.Module):
+    """`depth` alike layers whose parameters are stacked on a leading `layers` axis and run by one `lax.scan`.
+
+    `unrolled` gives the same layers as a list with its own buffers: decoding on CPU reads weights in place then, where the scan
+    copies a slice of every stacked leaf for every token (2x there).
+    """
+
+    def __init__(self, make: Callable[[nnx.Rngs], nnx.Module], depth: int, remat: Remat, *, rngs: nnx.Rngs):
+        """`make(rngs)` builds one layer."""
+        self.depth, self.remat = depth, remat
+
+        @nnx.split_rngs(splits=depth)
+        @nnx.vmap(in_axes=0, out_axes=0, axis_size=depth, transform_metadata={nnx.PARTITION_NAME: "layers"})
+        def make_all(rngs: nnx.Rngs) -> nnx.Module:
+            return make(rngs)
+
+        self.block: nnx.Module | nnx.List = make_all(rngs)
+
+    def run(self, body: Callable[[Any, Any, Any], tuple[Any, Any]], carry: Any, xs: Any = None) -> tuple[Any, Any]:
+        """Like `jax.lax.scan` over the layers: `body(layer, carry, x) -> (carry, y)`; `xs` and `ys` lead with `depth`.
+
+        When unrolled, `xs` is a list with one entry a layer and so is `ys`.
+        """
+        if isinstance(self.block, nnx.List):
+            ys = []
+            for i, layer in enumerate(self.block):
+                carry, y = body(layer, carry, None if xs is None else xs[i])
+                ys.append(y)
+            return carry, ys
+        graph, state = nnx.split(self.block)
+
+        def step(carry: Any, inputs: tuple[nnx.State, Any]) -> tuple[Any, Any]:
+            layer_state, x = inputs
+            return body(nnx.merge(graph, layer_state), carry, x)
+
+        if self.remat != "none":
+            step = jax.checkpoint(step, policy=_REMAT_POLICIES[self.remat], prevent_cse=False)
+        return jax.lax.scan(step, carry, (state, xs), length=self.depth)
+
+    def unroll(self) -> None:
+        """Replaces the stacked layers by a list of single ones (inference only)."""
+        graph, state = nnx.split(self.block)
+        single = [nnx.merge(graph, jax.tree.map(lambda leaf, i=i: leaf[i], state)) for i in range(self.depth)]
+        self.block = nnx.List(single)

@@ -1,0 +1,1 @@
+"""The loops, read top to bottom; checkpoints; metrics writing."""
