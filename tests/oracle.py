@@ -33,11 +33,11 @@ def oracle_python() -> Path:
     named = os.environ.get(VARIABLE)
     if named:
         if not Path(named).exists():
-            raise FileNotFoundError(f"${VARIABLE} is {named}, which does not exist; `make .venv-oracle` builds one")
+            raise FileNotFoundError(f"${VARIABLE} is {named}, which does not exist; `make venvs` builds one")
         return Path(named)
     built = REPO / ".venv-oracle" / "bin" / "python"
     if not built.exists():
-        pytest.skip(f"NOT COMPARED WITH TRANSFORMERS: no {built} (run `make .venv-oracle`) and no ${VARIABLE}")
+        pytest.skip(f"NOT COMPARED WITH TRANSFORMERS: no {built} (run `make venvs`) and no ${VARIABLE}")
     return built
 
 

