@@ -1,0 +1,121 @@
+"""From a problem to the ids of its prompt: tags, messages, the published chat template, placeholders expanded to exact counts."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+Modality = Literal["audio", "video", "image"]
+
+TAGS: Mapping[Modality, str] = {"image": "<image>", "video": "<video>", "audio": "<audio>"}
+PLACEHOLDERS: Mapping[Modality, str] = {
+    "image": "<|vision_bos|><|IMAGE|><|vision_eos|>",
+    "video": "<|vision_bos|><|VIDEO|><|vision_eos|>",
+    "audio": "<|audio_bos|><|AUDIO|><|audio_eos|>",
+}
+PLAIN_SYSTEM = "You are a helpful assistant."  # what the template inserts when no system message is given
+OMNI_SYSTEM = (
+    "You are Qwen, a virtual human developed by the Qwen Team, Alibaba Group, capable of perceiving auditory and visual inputs, "
+    "as well as generating text and speech."
+)
+if hashlib.sha256(OMNI_SYSTEM.encode()).hexdigest() != "bc6a4e9906415f08930cbe9f543a281112f3fd112e28f439a94fce0da306ef73":
+    raise AssertionError("OMNI_SYSTEM was edited: the published model is trained with exactly the official sentence")
+
+# Instructions appended to a problem, with nothing in between. `think` is the reference's default (EasyR1's `math`, Apache 2.0).
+FORMAT_PROMPTS: Mapping[str, str] = {
+    "none": "",
+    "think": (
+        "You FIRST think about the reasoning process as an internal monologue and then provide the final answer. "
+        "The reasoning process MUST BE enclosed within <think> </think> tags. The final answer MUST BE put in \\boxed{}."
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A piece of a message: text, or the place of one medium (then `text` is empty)."""
+
+    kind: Literal["text", "audio", "video", "image"]
+    text: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Message:
+    """One turn."""
+
+    role: str
+    parts: tuple[Part, ...]
+
+
+def build_messages(
+    problem: str, counts: Mapping[Modality, int], *, modalities: Sequence[str], format_prompt: str = ""
+) -> tuple[Message, ...]:
+    """The messages of a problem with so many media (`counts`), as the reference builds them.
+
+    Tags that the problem lacks are put in front: image, then video, then audio, each before what is there, so audio comes first in the
+    end. Tags of modalities that are not enabled stay text. With audio enabled the official system sentence comes first, whether the row
+    has audio or not. Raises ValueError when the problem holds more tags than there are media.
+    """
+    text = problem + format_prompt
+    enabled = {kind: tag for kind, tag in TAGS.items() if kind in modalities}
+    for kind, tag in enabled.items():
+        present, wanted = text.count(tag), counts.get(kind, 0)
+        if present > wanted:
+            raise ValueError(f"more placeholders than media: the problem holds {present} {tag}, the row {wanted} {kind} item(s)")
+        text = tag * (wanted - present) + text
+    pieces = re.split("(" + "|".join(map(re.escape, enabled.values())) + ")", text) if enabled else [text]
+    kinds = {tag: kind for kind, tag in enabled.items()}
+    parts = tuple(Part(kinds[piece]) if piece in kinds else Part("text", piece) for piece in pieces if piece)
+    system = (Message("system", (Part("text", OMNI_SYSTEM),)),) if "audio" in modalities else ()
+    return (*system, Message("user", parts))
+
+
+def render(messages: Sequence[Message], *, generation_prompt: bool = True) -> str:
+    """The published chat template: one placeholder a medium, not yet expanded."""
+    turns = list(messages)
+    if turns and turns[0].role != "system":
+        turns.insert(0, Message("system", (Part("text", PLAIN_SYSTEM),)))
+    text = "".join(
+        f"<|im_start|>{turn.role}\n{''.join(p.text if p.kind == 'text' else PLACEHOLDERS[p.kind] for p in turn.parts)}<|im_end|>\n"
+        for turn in turns
+    )
+    return text + ("<|im_start|>assistant\n" if generation_prompt else "")
+
+
+def media_order(messages: Sequence[Message]) -> tuple[Modality, ...]:
+    """The kind of every medium in reading order."""
+    return tuple(part.kind for message in messages for part in message.parts if part.kind != "text")
+
+
+def shorten_transcript(
+    problem: str,
+    excess_tokens: int,
+    encode,
+    *,
+    pattern: str = r"Transcript:[ \t]*(?P<transcript>[^\n]*)",
+) -> str | None:
+    """`problem` with its transcript cut at the end of a word so that at least `excess_tokens` fewer tokens remain, or None if it is too short.
+
+    Only the text that `pattern`'s group `transcript` finds is cut: media, question and options stay whole. An ellipsis marks the cut.
+    `encode` gives the ids of a text.
+    """
+    if excess_tokens <= 0:
+        return problem
+    found = re.search(pattern, problem)
+    if found is None:
+        return None
+    begin, end = found.span("transcript")
+    words = re.findall(r"\s*\S+", problem[begin:end])
+    goal = len(encode(problem)) - excess_tokens
+
+    def cut(kept: int) -> str:
+        return problem[:begin] + "".join(words[:kept]) + " …" + problem[end:]
+
+    low, high = 0, len(words) - 1  # the largest number of words that fits lies in [low, high]; kept = 0 may not fit either
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if len(encode(cut(middle))) <= goal else (low, middle - 1)
+    return cut(low) if words and len(encode(cut(low))) <= goal else None

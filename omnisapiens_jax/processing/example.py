@@ -1,0 +1,328 @@
+"""One sample as the model takes it: `build_example` makes the unpadded row, `collate` puts rows into a batch of fixed shape."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from omnisapiens_jax.models.config import ThinkerConfig
+from omnisapiens_jax.processing import chat, media
+from omnisapiens_jax.processing.audio import audio_token_count, layout_audio, log_mel, mel_frames
+from omnisapiens_jax.processing.media import Source
+from omnisapiens_jax.processing.options import ProcessingConfig
+from omnisapiens_jax.processing.positions import Grid, interleave, rope_positions
+from omnisapiens_jax.processing.tokenizers import Tokenizer
+from omnisapiens_jax.processing.vision import grid_of, layout_vision, patchify, window_slots
+
+IGNORED = -100  # label of a token that is not trained
+TEXT, AUDIO, VISION = 0, 1, 2  # kinds in Example.media
+
+Batch = dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Bucket:
+    """A fixed shape of one row. Media axes of size 0 mean that the batch carries no such media and the tower is skipped."""
+
+    tokens: int
+    audio_chunks: int = 0
+    audio_tokens: int = 0
+    frames: int = 0
+    windows: int = 0
+    window_patches: int = 0
+
+    def holds(self, other: Bucket) -> bool:
+        """Whether a row of size `other` fits."""
+        return not self._too_small_for(other)
+
+    def _too_small_for(self, other: Bucket) -> list[str]:
+        fields = [field.name for field in dataclasses.fields(self)]
+        return [f"{name} {getattr(other, name)} > {getattr(self, name)}" for name in fields if getattr(other, name) > getattr(self, name)]
+
+    @classmethod
+    def covering(cls, sizes: Iterable[Bucket]) -> Bucket:
+        """The smallest bucket that holds every one of `sizes` (at least one)."""
+        return cls(*(max(column) for column in zip(*map(dataclasses.astuple, sizes), strict=True)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """One row, unpadded. The prompt comes first; a response, if there is one, follows and is all that is trained."""
+
+    tokens: np.ndarray  # [T] int32
+    labels: np.ndarray  # [T] int32, unshifted, IGNORED where not trained
+    positions: np.ndarray  # [3, T] int32: time, height, width
+    rope_delta: int  # 1 + maximum position - T
+    prompt_length: int
+    audio_chunks: np.ndarray  # [A, C, mels] float32, zero past the valid frames
+    audio_frames: np.ndarray  # [A] int32 valid frames
+    audio_pairs: np.ndarray  # [Na, 2] int32: the encoder states (chunk * chunk_tokens + position) pooled into audio token i
+    patches: np.ndarray  # [F, W, P, patch_dim] float32, in window order
+    patch_mask: np.ndarray  # [F, W, P] bool
+    patch_coords: np.ndarray  # [F, W, P, 2] int32: row, column
+    media: np.ndarray  # [T] int32: TEXT, AUDIO or VISION
+    media_slot: np.ndarray  # [T, 3] int32: audio (i, 0, 0); vision (frame, window, cell)
+
+    def size(self) -> Bucket:
+        """The smallest bucket that holds this row."""
+        return Bucket(len(self.tokens), len(self.audio_chunks), len(self.audio_pairs), *self.patch_mask.shape)
+
+
+def build_example(
+    *,
+    problem: str,
+    tokenizer: Tokenizer,
+    config: ThinkerConfig,
+    options: ProcessingConfig,
+    audios: Sequence[Source] = (),
+    videos: Sequence[Source] = (),
+    images: Sequence[Source] = (),
+    response: str | None = None,
+    name: str = "sample",
+) -> Example:
+    """Decodes the media of a sample and lays out its prompt; with `response` also its target, which ends with `<|im_end|>`.
+
+    Raises MediaError for media that cannot be used, ValueError for a problem whose tags do not match the media. Both begin with `name`.
+    """
+    reader = _Reader(config, options, decode=True)
+    prompt = _build_prompt(reader, problem, tokenizer, audios, videos, images, name)
+    answer = [] if response is None else [*tokenizer.encode(response), config.tokens.im_end]
+    length, total = len(prompt.tokens), len(prompt.tokens) + len(answer)
+    # A response holds no media, whatever ids a policy may sample: it continues from the prompt's last position, on all axes alike.
+    tail = prompt.positions[:, -1:] + 1 + np.arange(len(answer), dtype=np.int32)
+    positions = np.concatenate([prompt.positions, tail], axis=1)
+    labels = np.full(total, IGNORED, np.int32)
+    labels[length:] = answer
+    audio, vision = layout_audio(reader.mels, config.audio), layout_vision(reader.visuals, config.vision)
+    kinds, slots = np.zeros(total, np.int32), np.zeros((total, 3), np.int32)
+    heard = np.flatnonzero(prompt.tokens == config.tokens.audio)
+    seen = np.flatnonzero(np.isin(prompt.tokens, (config.tokens.image, config.tokens.video)))
+    kinds[heard], kinds[seen] = AUDIO, VISION
+    slots[heard, 0], slots[seen] = np.arange(len(audio.pairs)), vision.slots
+    return Example(
+        tokens=np.concatenate([prompt.tokens, np.asarray(answer, np.int32)]),
+        labels=labels,
+        positions=positions,
+        rope_delta=1 + int(positions.max()) - total,
+        prompt_length=length,
+        audio_chunks=audio.chunks,
+        audio_frames=audio.frames,
+        audio_pairs=audio.pairs,
+        patches=vision.patches,
+        patch_mask=vision.mask,
+        patch_coords=vision.coords,
+        media=kinds,
+        media_slot=slots,
+    )
+
+
+def measure(
+    *,
+    problem: str,
+    tokenizer: Tokenizer,
+    config: ThinkerConfig,
+    options: ProcessingConfig,
+    audios: Sequence[Source] = (),
+    videos: Sequence[Source] = (),
+    images: Sequence[Source] = (),
+    response: str | None = None,
+    name: str = "sample",
+) -> Bucket:
+    """`build_example(...).size()` without decoding a picture: only sound is decoded, videos are counted by their packets."""
+    reader = _Reader(config, options, decode=False)
+    prompt = _build_prompt(reader, problem, tokenizer, audios, videos, images, name)
+    merge, side = config.vision.spatial_merge_size, config.vision.window_cells
+    shapes = [window_slots(rows // merge, columns // merge, side)[1:] for _, rows, columns in reader.grids]
+    return Bucket(
+        tokens=len(prompt.tokens) + (0 if response is None else len(tokenizer.encode(response)) + 1),
+        audio_chunks=sum(-(-frames // config.audio.chunk_frames) for frames in reader.mel_frames),
+        audio_tokens=sum(audio_token_count(frames) for frames in reader.mel_frames),
+        frames=sum(steps for steps, _, _ in reader.grids),
+        windows=max((windows for windows, _ in shapes), default=0),
+        window_patches=max((cells for _, cells in shapes), default=0) * config.vision.cell_patches,
+    )
+
+
+def collate(examples: Sequence[Example | None], bucket: Bucket, config: ThinkerConfig) -> Batch:
+    """A batch of `bucket`'s shape, one slot an example; None leaves its slot masked. Padding is on the right.
+
+    `media_index` `[B, T]` is -1 for a token's own embedding, else the place of its embedding in the row's list
+    `[audio tokens | frames * windows * cells]`. Raises ValueError for an example that does not fit.
+    """
+    count, (t, a, na, f, w, p) = len(examples), dataclasses.astuple(bucket)
+    vision, audio = config.vision, config.audio
+    if p % vision.cell_patches:
+        raise ValueError(f"window_patches {p} is not a multiple of the {vision.cell_patches} patches of a cell")
+    batch: Batch = {
+        "tokens": np.full((count, t), config.tokens.pad, np.int32),
+        "labels": np.full((count, t), IGNORED, np.int32),
+        "segment_ids": np.zeros((count, t), np.int32),
+        "positions": np.zeros((count, 3, t), np.int32),
+        "prompt_length": np.zeros(count, np.int32),
+        "rope_delta": np.zeros(count, np.int32),
+        "media_index": np.full((count, t), -1, np.int32),
+        "audio_chunks": np.zeros((count, a, audio.chunk_frames, audio.num_mel_bins), np.float32),
+        "audio_frames": np.zeros((count, a), np.int32),
+        "audio_pairs": np.zeros((count, na, 2), np.int32),
+        "patches": np.zeros((count, f, w, p, vision.patch_dim), np.float32),
+        "patch_mask": np.zeros((count, f, w, p), bool),
+        "patch_coords": np.zeros((count, f, w, p, 2), np.int32),
+        "row_mask": np.array([example is not None for example in examples], bool),
+    }
+    for row, example in enumerate(examples):
+        if example is None:
+            continue
+        if problems := bucket._too_small_for(example.size()):
+            raise ValueError(f"slot {row} does not fit its bucket: {', '.join(problems)}. Shorten the sample or plan a larger bucket")
+        for field in ("tokens", "labels", "audio_chunks", "audio_frames", "audio_pairs", "patches", "patch_mask", "patch_coords"):
+            value = getattr(example, field)
+            batch[field][(row, *map(slice, value.shape))] = value
+        length = len(example.tokens)
+        batch["segment_ids"][row, :length] = 1
+        batch["positions"][row, :, :length] = example.positions
+        batch["prompt_length"][row], batch["rope_delta"][row] = example.prompt_length, example.rope_delta
+        slot = example.media_slot
+        seen = na + (slot[:, 0] * w + slot[:, 1]) * (p // vision.cell_patches) + slot[:, 2]
+        batch["media_index"][row, :length] = np.choose(example.media, [-1, slot[:, 0], seen])
+    return batch
+
+
+@dataclasses.dataclass(frozen=True)
+class _Prompt:
+    tokens: np.ndarray
+    positions: np.ndarray
+
+
+class _Reader:
+    """Reads media in reading order and remembers what the layouts need; without `decode` only the sizes."""
+
+    def __init__(self, config: ThinkerConfig, options: ProcessingConfig, *, decode: bool):
+        self.config, self.options, self.decode = config, options, decode
+        self.mels: list[np.ndarray] = []
+        self.mel_frames: list[int] = []
+        self.visuals: list[tuple[np.ndarray, Grid]] = []
+        self.grids: list[Grid] = []
+
+    def audio(self, source: Source, name: str) -> int:
+        """Tokens of a clip."""
+        waveform = media.decode_audio(source, seconds=self.options.audio_seconds, name=name)
+        if self.decode:
+            self.mels.append(log_mel(waveform, self.config.audio.num_mel_bins))
+        self.mel_frames.append(mel_frames(len(waveform)))
+        return audio_token_count(self.mel_frames[-1])
+
+    def picture(self, kind: chat.Modality, source: Source, name: str) -> Grid:
+        """Grid of an image or video."""
+        options, vision = self.options, self.config.vision
+        low, high = (
+            (options.image_min_pixels, options.image_max_pixels)
+            if kind == "image"
+            else (options.video_min_pixels, options.video_max_pixels)
+        )
+        try:
+            if self.decode:
+                frames = (
+                    media.decode_image(source, name=name)
+                    if kind == "image"
+                    else media.decode_video(source, frames=options.video_frames, name=name)
+                )
+                self.visuals.append(patchify(frames, vision, min_pixels=low, max_pixels=high))
+                grid = self.visuals[-1][1]
+            else:
+                shape = (
+                    media.image_shape(source, name=name)
+                    if kind == "image"
+                    else media.video_shape(source, frames=options.video_frames, name=name)
+                )
+                grid = grid_of(*shape, vision, min_pixels=low, max_pixels=high)
+        except ValueError as reason:
+            raise media.MediaError(name, str(reason)) from reason
+        self.grids.append(grid)
+        return grid
+
+
+def _build_prompt(
+    reader: _Reader,
+    problem: str,
+    tokenizer: Tokenizer,
+    audios: Sequence[Source],
+    videos: Sequence[Source],
+    images: Sequence[Source],
+    name: str,
+) -> _Prompt:
+    config, options, ids = reader.config, reader.options, reader.config.tokens
+    if tokenizer.ids != ids:
+        raise ValueError(
+            f"the tokenizer's special ids {tokenizer.ids} are not the model's {ids}: vocabulary and configuration do not belong together"
+        )
+    given = {"audio": audios, "video": videos, "image": images}
+    try:
+        messages = chat.build_messages(
+            problem,
+            {kind: len(sources) for kind, sources in given.items()},
+            modalities=options.modalities,
+            format_prompt=options.format_prompt,
+        )
+    except ValueError as reason:
+        raise ValueError(f"{name}: {reason}") from reason
+    text = np.asarray(tokenizer.encode(chat.render(messages)), np.int32)
+    order = chat.media_order(messages)
+    places = np.flatnonzero(np.isin(text, (ids.audio, ids.image, ids.video)))
+    if len(places) != len(order):
+        raise ValueError(
+            f"{name}: the text itself holds {len(places) - len(order)} literal media placeholder token(s), which have no media"
+        )
+
+    audio_tokens: list[int] = []
+    grids: dict[str, list[Grid]] = {"image": [], "video": []}
+    pieces: list[np.ndarray] = []
+    following = 0
+    with_sound = options.use_audio_in_video and any(media.has_audio(v, name=f"{name}, video {i}") for i, v in enumerate(videos))
+    sources = {kind: iter(enumerate(items)) for kind, items in given.items()}
+    for place, kind in zip(places, order, strict=True):
+        number, source = next(sources[kind])
+        what = f"{name}, {kind} {number}"
+        pieces.append(text[following:place])
+        if kind == "audio":
+            audio_tokens.append(reader.audio(source, what))
+            span = np.full(audio_tokens[-1], ids.audio, np.int32)
+        else:
+            grid = reader.picture(kind, source, what)
+            grids[kind].append(grid)
+            span = np.full(_cells(grid, config), ids.image if kind == "image" else ids.video, np.int32)
+            if kind == "video" and with_sound:
+                audio_tokens.append(reader.audio(source, f"{what}, sound track"))
+                span = _video_with_sound(grid, audio_tokens[-1], config, _seconds_per_grid(config, options))
+        pieces.append(span)
+        following = place + 1
+    tokens = np.concatenate([*pieces, text[following:]])
+    positions, _ = rope_positions(
+        tokens,
+        config,
+        audio_tokens=audio_tokens,
+        image_grids=grids["image"],
+        video_grids=grids["video"],
+        seconds_per_grid=[_seconds_per_grid(config, options)] * len(grids["video"]),
+        use_audio_in_video=with_sound,
+    )
+    return _Prompt(tokens, positions)
+
+
+def _seconds_per_grid(config: ThinkerConfig, options: ProcessingConfig) -> float:
+    return config.vision.temporal_patch_size / options.fps
+
+
+def _cells(grid: Grid, config: ThinkerConfig) -> int:
+    return grid[0] * grid[1] * grid[2] // config.vision.cell_patches
+
+
+def _video_with_sound(grid: Grid, audio_tokens: int, config: ThinkerConfig, seconds_per_grid: float) -> np.ndarray:
+    """Placeholders of a video and its sound, interleaved; the audio pair sits inside the vision pair."""
+    ids = config.tokens
+    # In double precision, unlike the positions: that is how the published processor orders the text.
+    video = np.repeat(np.arange(grid[0]) * seconds_per_grid * config.position_id_per_seconds, _cells((1, *grid[1:]), config))
+    order = interleave(video, np.arange(audio_tokens), config)
+    spans = [np.full(end - begin, (ids.video, ids.audio)[which], np.int32) for which, begin, end in order]
+    return np.concatenate([[ids.audio_bos], *spans, [ids.audio_eos]]).astype(np.int32)

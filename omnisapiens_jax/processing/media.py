@@ -1,0 +1,178 @@
+"""Decoding of audio, video and image files, from a path or from bytes. Whatever goes wrong is a MediaError that names the item."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from pathlib import Path
+
+import av
+import av.error
+import numpy as np
+import soundfile
+import soxr
+from PIL import Image
+
+from omnisapiens_jax.processing.audio import SAMPLE_RATE, audio_token_count, mel_frames
+
+Source = bytes | Path
+
+
+class MediaError(Exception):
+    """A medium could not be used. The message says which one and why."""
+
+    def __init__(self, name: str, cause: str):
+        super().__init__(f"{name}: {cause}")
+
+
+def decode_audio(source: Source, *, seconds: float, name: str = "audio") -> np.ndarray:
+    """Mono float32 waveform `[samples]` at 16 kHz: the mean of the channels, resampled (soxr HQ), the first `seconds`.
+
+    WAV, FLAC, OGG and MP3 go through libsndfile, everything else (and the sound track of a video) through FFmpeg.
+    Raises MediaError: missing, empty, undecodable, not finite, or too short to give one token (3 mel frames, 20 ms).
+    """
+    name, raw = _name(source, name), _open(source, name)
+    try:
+        with soundfile.SoundFile(raw) as file:
+            rate = file.samplerate
+            # A little more than asked, so that the resampler's last samples do not see an artificial end.
+            samples = file.read(int((seconds + 0.1) * rate), dtype="float32", always_2d=True)
+    except soundfile.LibsndfileError as reason:
+        raw.seek(0)
+        if raw.read(4) in (b"RIFF", b"fLaC", b"OggS"):
+            raise MediaError(name, f"corrupt audio file ({reason})") from reason
+        raw.seek(0)
+        samples, rate = _decode_sound_track(raw, seconds + 0.1, name)
+    if not len(samples):
+        raise MediaError(name, "holds no audio samples")
+    if not np.isfinite(samples).all():
+        raise MediaError(name, "holds samples that are NaN or infinite")
+    mono = samples.mean(axis=1, dtype=np.float32)
+    mono = soxr.resample(mono, rate, SAMPLE_RATE, quality="HQ")[: round(seconds * SAMPLE_RATE)]
+    if audio_token_count(mel_frames(len(mono))) == 0:
+        raise MediaError(name, f"only {len(mono) / SAMPLE_RATE * 1000:.0f} ms of sound; at least 20 ms are needed")
+    return mono
+
+
+def has_audio(source: Source, *, name: str = "video") -> bool:
+    """Whether a container has a sound track."""
+    name = _name(source, name)
+    try:
+        with av.open(_open(source, name)) as container:
+            return bool(container.streams.audio)
+    except av.error.FFmpegError as reason:
+        raise MediaError(name, f"not a readable media file ({reason})") from reason
+
+
+def decode_video(source: Source, *, frames: int, name: str = "video") -> np.ndarray:
+    """RGB frames `[n, H, W, 3]` uint8 taken evenly from the whole clip: `round(linspace(0, total - 1, frames))`; all if it has fewer.
+
+    Frames are read in order and only the wanted ones are converted and kept. Raises MediaError: missing, empty, no video stream, undecodable,
+    or cut off (fewer frames than the header promises).
+    """
+    name, raw = _name(source, name), _open(source, name)
+    try:
+        total = _count_frames(raw, name)
+        wanted = frame_indices(total, frames)
+        raw.seek(0)
+        kept: list[np.ndarray] = []
+        for index, frame in enumerate(_frames(raw)):
+            if index == wanted[len(kept)]:
+                kept.append(frame.to_ndarray(format="rgb24"))
+                if len(kept) == len(wanted):
+                    break
+    except av.error.FFmpegError as reason:
+        raise MediaError(name, f"corrupt or truncated video ({reason})") from reason
+    if len(kept) < len(wanted):
+        raise MediaError(name, f"corrupt or truncated video (frame {wanted[len(kept)]} of {total} cannot be decoded)")
+    return np.stack(kept)
+
+
+def decode_image(source: Source, *, name: str = "image") -> np.ndarray:
+    """A picture as RGB `[1, H, W, 3]` uint8. Raises MediaError when it is missing, empty or undecodable."""
+    name = _name(source, name)
+    try:
+        with Image.open(_open(source, name)) as image:
+            return np.asarray(image.convert("RGB"))[None]
+    except (OSError, SyntaxError, ValueError) as reason:  # Pillow raises all three for broken files
+        raise MediaError(name, f"not a readable image ({reason})") from reason
+
+
+def video_shape(source: Source, *, frames: int, name: str = "video") -> tuple[int, int, int]:
+    """Shape (n, height, width) that `decode_video` gives, without decoding."""
+    name, raw = _name(source, name), _open(source, name)
+    try:
+        total = _count_frames(raw, name)
+        raw.seek(0)
+        with av.open(raw) as container:
+            stream = container.streams.video[0]
+            return min(frames, total), stream.height, stream.width
+    except av.error.FFmpegError as reason:
+        raise MediaError(name, f"corrupt or truncated video ({reason})") from reason
+
+
+def image_shape(source: Source, *, name: str = "image") -> tuple[int, int, int]:
+    """Shape (1, height, width) that `decode_image` gives, without decoding."""
+    name = _name(source, name)
+    try:
+        with Image.open(_open(source, name)) as image:
+            return 1, image.height, image.width
+    except (OSError, SyntaxError, ValueError) as reason:
+        raise MediaError(name, f"not a readable image ({reason})") from reason
+
+
+def frame_indices(total: int, frames: int) -> list[int]:
+    """Indices of the frames that are looked at in a clip of `total`."""
+    return [int(i) for i in np.round(np.linspace(0, total - 1, min(frames, total)))]
+
+
+def _count_frames(raw: io.BufferedIOBase, name: str) -> int:
+    """Number of coded pictures, from the packets alone: headers may be silent, and a file that was cut off still promises them all."""
+    with av.open(raw) as container:
+        if not container.streams.video:
+            raise MediaError(name, "has no video stream")
+        stream = container.streams.video[0]
+        total = sum(1 for packet in container.demux(stream) if packet.size and not packet.is_discard)
+        if total < stream.frames:
+            raise MediaError(name, f"truncated video (the header promises {stream.frames} frames, the file holds {total})")
+    if not total:
+        raise MediaError(name, "holds no video frames")
+    return total
+
+
+def _frames(raw: io.BufferedIOBase) -> Iterator[av.VideoFrame]:
+    with av.open(raw) as container:
+        yield from container.decode(container.streams.video[0])
+
+
+def _decode_sound_track(raw: io.BufferedIOBase, seconds: float, name: str) -> tuple[np.ndarray, int]:
+    """Samples `[n, channels]` float32 and their rate, from the first audio stream of a container."""
+    try:
+        with av.open(raw) as container:
+            if not container.streams.audio:
+                raise MediaError(name, "has no audio stream")
+            stream = container.streams.audio[0]
+            planar = av.AudioResampler(format="fltp")
+            blocks: list[np.ndarray] = []
+            for frame in container.decode(stream):
+                blocks += [block.to_ndarray() for block in planar.resample(frame)]
+                if sum(block.shape[1] for block in blocks) >= seconds * stream.rate:
+                    break
+            return np.concatenate(blocks, axis=1).T if blocks else np.zeros((0, 1), np.float32), stream.rate
+    except av.error.FFmpegError as reason:
+        raise MediaError(name, f"not a readable audio file ({reason})") from reason
+
+
+def _name(source: Source, name: str) -> str:
+    return f"{name} ({source})" if isinstance(source, Path) else f"{name} ({len(source)} bytes)"
+
+
+def _open(source: Source, name: str) -> io.BytesIO:
+    if isinstance(source, Path):
+        try:
+            source = source.read_bytes()
+        except OSError as reason:
+            raise MediaError(name, f"cannot be read ({reason.strerror})") from reason
+    if not source:
+        raise MediaError(name, "is empty")
+    return io.BytesIO(source)

@@ -1,0 +1,128 @@
+"""From RGB frames to what the vision encoder takes: resized, normalised, cut into patches and laid out in attention windows."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import numpy as np
+from PIL import Image
+
+from omnisapiens_jax.models.config import VisionConfig
+
+MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
+STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
+MAX_ASPECT = 200
+
+
+@dataclasses.dataclass(frozen=True)
+class VisionLayout:
+    """The images and videos of one row in window order.
+
+    `patches` `[F, W, P, patch_dim]` float32, `mask` `[F, W, P]` bool, `coords` `[F, W, P, 2]` int32 (row, column in patches), and `slots`
+    `[cells, 3]` int32: (frame, window, cell) of every decoder token in reading order.
+    """
+
+    patches: np.ndarray
+    mask: np.ndarray
+    coords: np.ndarray
+    slots: np.ndarray
+
+
+def smart_resize(height: int, width: int, *, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
+    """Height and width in pixels, multiples of `factor`, whose area lies within the bounds and whose shape is nearly kept.
+
+    Halves round to even, as in the published processor. Raises ValueError for a side more than 200 times the other.
+    """
+    if max(height, width) > MAX_ASPECT * min(height, width):
+        raise ValueError(f"{width}x{height} pixels: one side is more than {MAX_ASPECT} times the other")
+    rows, columns = round(height / factor) * factor, round(width / factor) * factor
+    if rows * columns > max_pixels:
+        shrink = math.sqrt(height * width / max_pixels)
+        rows = max(factor, math.floor(height / shrink / factor) * factor)
+        columns = max(factor, math.floor(width / shrink / factor) * factor)
+    elif rows * columns < min_pixels:
+        grow = math.sqrt(min_pixels / (height * width))
+        rows, columns = math.ceil(height * grow / factor) * factor, math.ceil(width * grow / factor) * factor
+    return rows, columns
+
+
+def grid_of(frames: int, height: int, width: int, config: VisionConfig, *, min_pixels: int, max_pixels: int) -> tuple[int, int, int]:
+    """Grid (steps, rows, columns in patches) of a still (`frames` 1) or video of that size in pixels, before anything is decoded."""
+    factor = config.patch_size * config.spatial_merge_size
+    rows, columns = smart_resize(height, width, factor=factor, min_pixels=min_pixels, max_pixels=max_pixels)
+    return -(-frames // config.temporal_patch_size), rows // config.patch_size, columns // config.patch_size
+
+
+def patchify(frames: np.ndarray, config: VisionConfig, *, min_pixels: int, max_pixels: int) -> tuple[np.ndarray, tuple[int, int, int]]:
+    """Patches `[t * h * w, patch_dim]` float32 of uint8 RGB `frames` `[n, H, W, 3]`, and the grid (t, h, w).
+
+    The last frame is repeated to fill the last temporal patch, so a still is its frame twice. The patches of one cell (2 x 2) are
+    adjacent; a patch is flattened as (channel, time, row, column).
+    """
+    steps, h, w = grid = grid_of(len(frames), *frames.shape[1:3], config, min_pixels=min_pixels, max_pixels=max_pixels)
+    size, merge, time = config.patch_size, config.spatial_merge_size, config.temporal_patch_size
+    pixels = np.stack([_resize(frame, h * size, w * size) for frame in frames]).astype(np.float32)
+    pixels = (pixels / np.float32(255.0) - MEAN) / STD
+    if missing := steps * time - len(pixels):
+        pixels = np.concatenate([pixels, np.repeat(pixels[-1:], missing, axis=0)])
+    blocks = pixels.reshape(steps, time, h // merge, merge, size, w // merge, merge, size, 3)
+    # (step, time, cell row, in-cell row, y, cell column, in-cell column, x, channel) -> patches in cell order, channel first
+    blocks = blocks.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7)
+    return np.ascontiguousarray(blocks).reshape(steps * h * w, config.patch_dim), grid
+
+
+def window_slots(rows: int, columns: int, side: int) -> tuple[np.ndarray, int, int]:
+    """Window and place inside it `[rows * columns, 2]` of every cell of a frame in reading order; the number of windows; cells of the largest.
+
+    Windows of `side` x `side` cells go row by row; those at the right and lower edge are smaller and hold their cells without gaps.
+    """
+    row, column = (axis.reshape(-1) for axis in np.meshgrid(np.arange(rows), np.arange(columns), indexing="ij"))
+    across = -(-columns // side)
+    window_width = np.minimum(side, columns - column // side * side)
+    slots = np.stack([row // side * across + column // side, row % side * window_width + column % side], axis=1)
+    return slots, -(-rows // side) * across, min(side, rows) * min(side, columns)
+
+
+def layout_vision(items: list[tuple[np.ndarray, tuple[int, int, int]]], config: VisionConfig) -> VisionLayout:
+    """Lays out the `(patches, grid)` of a row's images and videos, in reading order, frame by frame and window by window.
+
+    W and P are the smallest that hold every frame of the row.
+    """
+    merge, per_cell = config.spatial_merge_size, config.cell_patches
+    plans = [(grid, *window_slots(grid[1] // merge, grid[2] // merge, config.window_cells)) for _, grid in items]
+    total = sum(grid[0] for grid, *_ in plans)
+    windows = max((count for _, _, count, _ in plans), default=0)
+    cells = max((largest for *_, largest in plans), default=0)
+    patches = np.zeros((total, windows, cells, per_cell, config.patch_dim), np.float32)
+    mask = np.zeros((total, windows, cells, per_cell), bool)
+    coords = np.zeros((total, windows, cells, per_cell, 2), np.int32)
+    slots = [np.zeros((0, 3), np.int32)]
+    first = 0
+    for (values, _), ((steps, h, w), places, _, _) in zip(items, plans, strict=True):
+        frame = np.arange(first, first + steps)[:, None]
+        window, cell = places[:, 0], places[:, 1]
+        patches[frame, window, cell] = values.reshape(steps, len(places), per_cell, -1)
+        mask[frame, window, cell] = True
+        coords[frame, window, cell] = _cell_coords(h, w, merge)
+        slots.append(np.concatenate([np.repeat(frame, len(places), axis=0), np.tile(places, (steps, 1))], axis=1).astype(np.int32))
+        first += steps
+    return VisionLayout(
+        patches=patches.reshape(total, windows, cells * per_cell, config.patch_dim),
+        mask=mask.reshape(total, windows, cells * per_cell),
+        coords=coords.reshape(total, windows, cells * per_cell, 2),
+        slots=np.concatenate(slots),
+    )
+
+
+def _cell_coords(h: int, w: int, merge: int) -> np.ndarray:
+    """(row, column) of every patch, `[cells, merge * merge, 2]`, cells in reading order."""
+    coords = np.stack(np.meshgrid(np.arange(h), np.arange(w), indexing="ij"), axis=-1)
+    return coords.reshape(h // merge, merge, w // merge, merge, 2).transpose(0, 2, 1, 3, 4).reshape(-1, merge * merge, 2)
+
+
+def _resize(frame: np.ndarray, height: int, width: int) -> np.ndarray:
+    if frame.shape[:2] == (height, width):
+        return frame
+    # Pillow's bicubic widens its kernel when it shrinks, which is the antialiasing of the published processor.
+    return np.asarray(Image.fromarray(frame).resize((width, height), Image.Resampling.BICUBIC))

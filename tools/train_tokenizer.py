@@ -1,0 +1,85 @@
+"""Trains the small vocabulary of the `mini` preset: python tools/train_tokenizer.py TEXTS OUT.model
+
+TEXTS is a .jsonl file, whose `problem`, `answer` and `rationale` strings are read, or a plain text file. The same input gives the same file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import sentencepiece
+
+from omnisapiens_jax.models.config import TokenIds
+from omnisapiens_jax.processing import chat
+from omnisapiens_jax.processing.tokenizers import SPECIAL_TOKENS, MiniTokenizer
+
+VOCAB_SIZE = 1024
+
+
+def train(texts: Iterable[str], out: Path, vocab_size: int = VOCAB_SIZE) -> None:
+    """Writes a sentencepiece model whose ids 0.. are SPECIAL_TOKENS in order; everything it never saw is spelt in bytes."""
+    # The words that every prompt contains are worth whole pieces, however small the corpus.
+    fixed = [
+        chat.OMNI_SYSTEM,
+        chat.PLAIN_SYSTEM,
+        "system\n",
+        "user\n",
+        "assistant\n",
+        *chat.FORMAT_PROMPTS.values(),
+        "<think></think>\\boxed{}",
+    ]
+    with out.open("wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter([line for text in [*texts, *fixed] for line in text.split("\n") if line.strip()]),
+            model_writer=file,
+            model_type="bpe",
+            vocab_size=vocab_size,
+            user_defined_symbols=list(SPECIAL_TOKENS.values()),
+            unk_id=len(SPECIAL_TOKENS),
+            bos_id=-1,
+            eos_id=-1,
+            pad_id=-1,
+            byte_fallback=True,
+            character_coverage=1.0,
+            normalization_rule_name="identity",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            split_digits=True,
+            max_sentence_length=1 << 16,
+            num_threads=1,
+            minloglevel=2,
+        )
+    tokenizer = MiniTokenizer(out)
+    if tokenizer.ids != TokenIds(*range(len(SPECIAL_TOKENS))):
+        raise RuntimeError(f"{out}: the special tokens did not get the first ids: {tokenizer.ids}")
+
+
+def read_texts(path: Path) -> list[str]:
+    """The texts of a .jsonl or plain file."""
+    if path.suffix != ".jsonl":
+        return path.read_text().split("\n")
+    rows = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+    return [row[key] for row in rows for key in ("problem", "answer", "rationale") if row.get(key)]
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("texts", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--vocab-size", type=int, default=VOCAB_SIZE)
+    args = parser.parse_args()
+    texts = read_texts(args.texts)
+    train(texts, args.out, args.vocab_size)
+    tokenizer = MiniTokenizer(args.out)
+    spent = sum(len(tokenizer.encode(text)) for text in texts)
+    print(
+        f"{args.out}: {tokenizer.vocab_size} pieces, {sum(map(len, texts)) / max(spent, 1):.2f} characters a token over {len(texts)} texts"
+    )
+
+
+if __name__ == "__main__":
+    main()
