@@ -18,8 +18,6 @@ FOREIGN = ("torch", "tensorflow", "transformers", "sentence_transformers")
 def test_importing_every_module_brings_in_no_foreign_framework() -> None:
     names = [module.name for module in pkgutil.walk_packages(omnisapiens_jax.__path__, "omnisapiens_jax.")]
     names = [name for name in names if "._resources" not in name]
-    # A blocked module raises when asked for, so an import that is merely tolerated by try/except is seen in `sys.modules` no more than
-    # a real one would be where the framework is missing; what is not blocked shows as loaded.
     code = (
         f"import importlib, sys\nfor name in sys.argv[1:]: importlib.import_module(name)\nprint([f for f in {FOREIGN} if f in sys.modules])"
     )
