@@ -1,6 +1,7 @@
 """Trains the small vocabulary of the `mini` preset: python tools/train_tokenizer.py TEXTS OUT.model
 
-TEXTS is a .jsonl file, whose `problem`, `answer` and `rationale` strings are read, or a plain text file. The same input gives the same file.
+TEXTS is a .jsonl file, whose `problem`, `answer` and `rationale` strings are read, or a plain text file. The same input
+gives the same file.
 """
 
 from __future__ import annotations
@@ -22,15 +23,7 @@ VOCAB_SIZE = 1024
 def train(texts: Iterable[str], out: Path, vocab_size: int = VOCAB_SIZE) -> None:
     """Writes a sentencepiece model whose ids 0.. are SPECIAL_TOKENS in order; everything it never saw is spelt in bytes."""
     # The words that every prompt contains are worth whole pieces, however small the corpus.
-    fixed = [
-        chat.OMNI_SYSTEM,
-        chat.PLAIN_SYSTEM,
-        "system\n",
-        "user\n",
-        "assistant\n",
-        *chat.FORMAT_PROMPTS.values(),
-        "<think></think>\\boxed{}",
-    ]
+    fixed = [chat.OMNI_SYSTEM, chat.PLAIN_SYSTEM, "system", "user", "assistant", "<think></think>\\boxed{}", *chat.FORMAT_PROMPTS.values()]
     with out.open("wb") as file:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter([line for text in [*texts, *fixed] for line in text.split("\n") if line.strip()]),
@@ -76,9 +69,8 @@ def main() -> None:
     train(texts, args.out, args.vocab_size)
     tokenizer = MiniTokenizer(args.out)
     spent = sum(len(tokenizer.encode(text)) for text in texts)
-    print(
-        f"{args.out}: {tokenizer.vocab_size} pieces, {sum(map(len, texts)) / max(spent, 1):.2f} characters a token over {len(texts)} texts"
-    )
+    density = sum(map(len, texts)) / max(spent, 1)
+    print(f"{args.out}: {tokenizer.vocab_size} pieces, {density:.2f} characters a token over {len(texts)} texts")
 
 
 if __name__ == "__main__":

@@ -5,13 +5,10 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
-from typing import Literal
+from collections.abc import Callable, Mapping, Sequence
 
-Modality = Literal["audio", "video", "image"]
-
-TAGS: Mapping[Modality, str] = {"image": "<image>", "video": "<video>", "audio": "<audio>"}
-PLACEHOLDERS: Mapping[Modality, str] = {
+TAGS: Mapping[str, str] = {"image": "<image>", "video": "<video>", "audio": "<audio>"}
+PLACEHOLDERS: Mapping[str, str] = {
     "image": "<|vision_bos|><|IMAGE|><|vision_eos|>",
     "video": "<|vision_bos|><|VIDEO|><|vision_eos|>",
     "audio": "<|audio_bos|><|AUDIO|><|audio_eos|>",
@@ -36,9 +33,9 @@ FORMAT_PROMPTS: Mapping[str, str] = {
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """A piece of a message: text, or the place of one medium (then `text` is empty)."""
+    """A piece of a message: `kind` is "text", or "audio", "video" or "image" for the place of one medium (then `text` is empty)."""
 
-    kind: Literal["text", "audio", "video", "image"]
+    kind: str
     text: str = ""
 
 
@@ -50,9 +47,7 @@ class Message:
     parts: tuple[Part, ...]
 
 
-def build_messages(
-    problem: str, counts: Mapping[Modality, int], *, modalities: Sequence[str], format_prompt: str = ""
-) -> tuple[Message, ...]:
+def build_messages(problem: str, counts: Mapping[str, int], *, modalities: Sequence[str], format_prompt: str = "") -> tuple[Message, ...]:
     """The messages of a problem with so many media (`counts`), as the reference builds them.
 
     Tags that the problem lacks are put in front: image, then video, then audio, each before what is there, so audio comes first in the
@@ -85,7 +80,7 @@ def render(messages: Sequence[Message], *, generation_prompt: bool = True) -> st
     return text + ("<|im_start|>assistant\n" if generation_prompt else "")
 
 
-def media_order(messages: Sequence[Message]) -> tuple[Modality, ...]:
+def media_order(messages: Sequence[Message]) -> tuple[str, ...]:
     """The kind of every medium in reading order."""
     return tuple(part.kind for message in messages for part in message.parts if part.kind != "text")
 
@@ -93,11 +88,11 @@ def media_order(messages: Sequence[Message]) -> tuple[Modality, ...]:
 def shorten_transcript(
     problem: str,
     excess_tokens: int,
-    encode,
+    encode: Callable[[str], list[int]],
     *,
     pattern: str = r"Transcript:[ \t]*(?P<transcript>[^\n]*)",
 ) -> str | None:
-    """`problem` with its transcript cut at the end of a word so that at least `excess_tokens` fewer tokens remain, or None if it is too short.
+    """`problem` with its transcript cut after a word so that at least `excess_tokens` fewer tokens remain; None if that cannot be.
 
     Only the text that `pattern`'s group `transcript` finds is cut: media, question and options stay whole. An ellipsis marks the cut.
     `encode` gives the ids of a text.

@@ -185,7 +185,7 @@ def collate(examples: Sequence[Example | None], bucket: Bucket, config: ThinkerC
         batch["prompt_length"][row], batch["rope_delta"][row] = example.prompt_length, example.rope_delta
         slot = example.media_slot
         seen = na + (slot[:, 0] * w + slot[:, 1]) * (p // vision.cell_patches) + slot[:, 2]
-        batch["media_index"][row, :length] = np.choose(example.media, [-1, slot[:, 0], seen])
+        batch["media_index"][row, :length] = np.select([example.media == AUDIO, example.media == VISION], [slot[:, 0], seen], -1)
     return batch
 
 
@@ -213,7 +213,7 @@ class _Reader:
         self.mel_frames.append(mel_frames(len(waveform)))
         return audio_token_count(self.mel_frames[-1])
 
-    def picture(self, kind: chat.Modality, source: Source, name: str) -> Grid:
+    def picture(self, kind: str, source: Source, name: str) -> Grid:
         """Grid of an image or video."""
         options, vision = self.options, self.config.vision
         low, high = (

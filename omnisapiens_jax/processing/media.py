@@ -58,7 +58,7 @@ def has_audio(source: Source, *, name: str = "video") -> bool:
     """Whether a container has a sound track."""
     name = _name(source, name)
     try:
-        with av.open(_open(source, name)) as container:
+        with av.open(_open(source, name), "r") as container:
             return bool(container.streams.audio)
     except av.error.FFmpegError as reason:
         raise MediaError(name, f"not a readable media file ({reason})") from reason
@@ -67,8 +67,8 @@ def has_audio(source: Source, *, name: str = "video") -> bool:
 def decode_video(source: Source, *, frames: int, name: str = "video") -> np.ndarray:
     """RGB frames `[n, H, W, 3]` uint8 taken evenly from the whole clip: `round(linspace(0, total - 1, frames))`; all if it has fewer.
 
-    Frames are read in order and only the wanted ones are converted and kept. Raises MediaError: missing, empty, no video stream, undecodable,
-    or cut off (fewer frames than the header promises).
+    Frames are read in order and only the wanted ones are converted and kept. Raises MediaError: missing, empty, no video stream,
+    undecodable, or cut off (fewer frames than the header promises).
     """
     name, raw = _name(source, name), _open(source, name)
     try:
@@ -104,7 +104,7 @@ def video_shape(source: Source, *, frames: int, name: str = "video") -> tuple[in
     try:
         total = _count_frames(raw, name)
         raw.seek(0)
-        with av.open(raw) as container:
+        with av.open(raw, "r") as container:
             stream = container.streams.video[0]
             return min(frames, total), stream.height, stream.width
     except av.error.FFmpegError as reason:
@@ -126,9 +126,9 @@ def frame_indices(total: int, frames: int) -> list[int]:
     return [int(i) for i in np.round(np.linspace(0, total - 1, min(frames, total)))]
 
 
-def _count_frames(raw: io.BufferedIOBase, name: str) -> int:
+def _count_frames(raw: io.BytesIO, name: str) -> int:
     """Number of coded pictures, from the packets alone: headers may be silent, and a file that was cut off still promises them all."""
-    with av.open(raw) as container:
+    with av.open(raw, "r") as container:
         if not container.streams.video:
             raise MediaError(name, "has no video stream")
         stream = container.streams.video[0]
@@ -140,15 +140,15 @@ def _count_frames(raw: io.BufferedIOBase, name: str) -> int:
     return total
 
 
-def _frames(raw: io.BufferedIOBase) -> Iterator[av.VideoFrame]:
-    with av.open(raw) as container:
+def _frames(raw: io.BytesIO) -> Iterator[av.VideoFrame]:
+    with av.open(raw, "r") as container:
         yield from container.decode(container.streams.video[0])
 
 
-def _decode_sound_track(raw: io.BufferedIOBase, seconds: float, name: str) -> tuple[np.ndarray, int]:
+def _decode_sound_track(raw: io.BytesIO, seconds: float, name: str) -> tuple[np.ndarray, int]:
     """Samples `[n, channels]` float32 and their rate, from the first audio stream of a container."""
     try:
-        with av.open(raw) as container:
+        with av.open(raw, "r") as container:
             if not container.streams.audio:
                 raise MediaError(name, "has no audio stream")
             stream = container.streams.audio[0]

@@ -12,7 +12,7 @@ class ProcessingConfig:
     """Bounds of the media and shape of the prompt.
 
     Pixels are areas (height x width) after resizing. The defaults for video are the ones the published processor enforces; images take
-    the bounds of the reference's path loader. `reference()` gives the sizes the paper's runs saw.
+    the bounds of the reference's path loader. `REFERENCE` has the sizes that the paper's runs saw.
     """
 
     audio_seconds: float = 10.0  # a clip is cut after this
@@ -43,7 +43,6 @@ class ProcessingConfig:
         if self.use_audio_in_video and not {"audio", "video"} <= set(self.modalities):
             raise ValueError("use_audio_in_video needs both the audio and the video modality")
 
-    @classmethod
-    def reference(cls, **changes: object) -> ProcessingConfig:
-        """The sizes of the paper's runs over files: every frame is scaled to 147,456 pixels."""
-        return dataclasses.replace(cls(video_min_pixels=147_456, video_max_pixels=147_456), **changes)  # pyright: ignore[reportArgumentType]
+
+# The sizes of the paper's runs over files: every frame is scaled to 147,456 pixels.
+REFERENCE = ProcessingConfig(video_min_pixels=147_456, video_max_pixels=147_456)

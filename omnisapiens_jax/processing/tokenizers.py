@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
 import sentencepiece
-import tokenizers
+from tokenizers import Tokenizer as BpeTokenizer
 
 from omnisapiens_jax.models.config import TokenIds
 
@@ -49,7 +49,7 @@ class QwenTokenizer:
         file = path / "tokenizer.json" if path.is_dir() else path
         if not file.is_file():
             raise FileNotFoundError(f"{file}: no tokenizer.json; pass the directory of a Qwen2.5-Omni checkpoint or the file itself")
-        self._tokenizer = tokenizers.Tokenizer.from_file(str(file))
+        self._tokenizer = BpeTokenizer.from_file(str(file))
         self.ids = _find_special_tokens(self._tokenizer.token_to_id, str(file))
         self.vocab_size = self._tokenizer.get_vocab_size(with_added_tokens=True)
 
@@ -63,7 +63,7 @@ class QwenTokenizer:
 
 
 class MiniTokenizer:
-    """The bundled small vocabulary: a sentencepiece model trained by `tools/train_tokenizer.py`. Loses no text: bytes are its last resort."""
+    """The bundled small vocabulary: a sentencepiece model trained by `tools/train_tokenizer.py`. What it never saw is spelt in bytes."""
 
     def __init__(self, path: str | Path):
         file = Path(path)
@@ -98,9 +98,9 @@ class MiniTokenizer:
 _SPACE_MARK = "\u2581"
 
 
-def _find_special_tokens(find, file: str) -> TokenIds:
+def _find_special_tokens(find: Callable[[str], int | None], file: str) -> TokenIds:
     found = {field: find(piece) for field, piece in SPECIAL_TOKENS.items()}
-    missing = [SPECIAL_TOKENS[field] for field, number in found.items() if number is None]
-    if missing:
+    known = {field: number for field, number in found.items() if number is not None}
+    if missing := [SPECIAL_TOKENS[field] for field in found if field not in known]:
         raise ValueError(f"{file}: not an omni vocabulary, it has no {', '.join(missing)}")
-    return TokenIds(**found)
+    return TokenIds(**known)

@@ -60,7 +60,7 @@ def patchify(frames: np.ndarray, config: VisionConfig, *, min_pixels: int, max_p
     The last frame is repeated to fill the last temporal patch, so a still is its frame twice. The patches of one cell (2 x 2) are
     adjacent; a patch is flattened as (channel, time, row, column).
     """
-    steps, h, w = grid = grid_of(len(frames), *frames.shape[1:3], config, min_pixels=min_pixels, max_pixels=max_pixels)
+    steps, h, w = grid = grid_of(len(frames), frames.shape[1], frames.shape[2], config, min_pixels=min_pixels, max_pixels=max_pixels)
     size, merge, time = config.patch_size, config.spatial_merge_size, config.temporal_patch_size
     pixels = np.stack([_resize(frame, h * size, w * size) for frame in frames]).astype(np.float32)
     pixels = (pixels / np.float32(255.0) - MEAN) / STD
@@ -73,7 +73,7 @@ def patchify(frames: np.ndarray, config: VisionConfig, *, min_pixels: int, max_p
 
 
 def window_slots(rows: int, columns: int, side: int) -> tuple[np.ndarray, int, int]:
-    """Window and place inside it `[rows * columns, 2]` of every cell of a frame in reading order; the number of windows; cells of the largest.
+    """Window and place in it `[rows * columns, 2]` of every cell in reading order, the number of windows, the cells of the largest.
 
     Windows of `side` x `side` cells go row by row; those at the right and lower edge are smaller and hold their cells without gaps.
     """
