@@ -1,0 +1,70 @@
+"""The device mesh, and the one table that says which logical axis lies on which mesh axis."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+AXES = ("data", "fsdp", "tensor")
+
+# Names on the left are the only ones that models write down. `fsdp` divides both the batch and the parameters.
+RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
+    ("batch", ("data", "fsdp")),
+    ("length", None),
+    ("act_embed", None),
+    ("act_heads", "tensor"),
+    ("act_kv_heads", "tensor"),
+    ("act_vocab", "tensor"),
+    ("layers", None),
+    ("norm", None),
+    ("embed", "fsdp"),
+    ("mlp", "tensor"),
+    ("heads", "tensor"),
+    ("kv_heads", "tensor"),
+    ("vocab", "tensor"),
+)
+
+
+def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, *, devices: list[jax.Device] | None = None) -> Mesh:
+    """A mesh of all devices (or of `devices`) with automatic sharding propagation; `data=-1` takes what the other axes leave.
+
+    Raises:
+      ValueError: the axes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    if data == -1:
+        data = max(len(devices) // (fsdp * tensor), 1)
+    if data * fsdp * tensor != len(devices):
+        raise ValueError(f"mesh data={data} x fsdp={fsdp} x tensor={tensor} needs {data * fsdp * tensor} devices; there are {len(devices)}")
+    return jax.make_mesh((data, fsdp, tensor), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+@contextlib.contextmanager
+def on_mesh(mesh: Mesh) -> Iterator[Mesh]:
+    """Inside, the models' logical names mean this mesh."""
+    with jax.set_mesh(mesh), nnx.logical_axis_rules(RULES):
+        yield mesh
+
+
+def shardings(state: Any, mesh: Mesh) -> Any:
+    """The `NamedSharding` of every leaf of an nnx state, from its logical names."""
+    with nnx.logical_axis_rules(RULES):
+        specs = nnx.get_partition_spec(state)
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=lambda x: isinstance(x, PartitionSpec))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The sharding of a value that every device holds whole."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """Lays this process's rows of a batch on the mesh, along its batch axes; rows of all processes make the global batch."""
+    sharding = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()}
