@@ -1,0 +1,124 @@
+"""What a user sees for each thing that may be wrong with an atlas, while it is measured and while it is trained on."""
+
+import pytest
+
+from omnisapiens_jax.atlas.bucketing import SlotCost, choose_buckets
+from omnisapiens_jax.atlas.faults import BadSamples
+from omnisapiens_jax.atlas.lengths import length_index, shortened
+from omnisapiens_jax.atlas.pipeline import Pipeline, PipelineConfig
+from omnisapiens_jax.atlas.plan import MASKED, PlanConfig, Planner
+from omnisapiens_jax.atlas.schema import SampleError
+from omnisapiens_jax.atlas.sources import open_source
+from tests.atlas.toys import CONFIG, edit_row, recipe, write_atlas
+
+BAD = 2  # a row with sound and video
+
+
+@pytest.fixture
+def atlas(tmp_path):
+    return write_atlas(tmp_path, count=9)
+
+
+def truncate(file, keep=0.6):
+    file.write_bytes(file.read_bytes()[: int(len(file.read_bytes()) * keep)])
+
+
+FAULTS = {
+    "corrupt WAV": (lambda p: (p.parent / "audio/2.wav").write_bytes(b"RIFF" + b"\xff" * 400), "media", "audios", "corrupt audio file"),
+    "truncated MP4": (lambda p: truncate(p.parent / "video/2.mp4"), "media", "videos", "2.mp4"),
+    "missing file": (lambda p: (p.parent / "audio/2.wav").unlink(), "media", "audios", "No such file"),
+    "empty file": (lambda p: (p.parent / "video/2.mp4").write_bytes(b""), "media", "videos", "is empty"),
+    "no modality_signature": (lambda p: edit_row(p, BAD, modality_signature=None), "schema", "modality_signature", "is missing"),
+    "unknown label": (lambda p: edit_row(p, BAD, answer="joy"), "label", "answer", "its labels are: anger, disgust"),
+    "unknown dataset": (lambda p: edit_row(p, BAD, dataset="iemocap"), "label", "dataset", "the label scheme has: cremad"),
+    "fewer media than placeholders": (
+        lambda p: edit_row(p, BAD, problem="<audio> and <audio> <video>: which?"),
+        "placeholders",
+        "problem",
+        "2 <audio>",
+    ),
+    "too long": (lambda p: edit_row(p, BAD, problem="question " * 300), "too_long", "problem", "no transcript"),
+    "not JSON": (
+        lambda p: p.write_text(p.read_text().replace('{"problem": "Transcript: ' + words(19), "{x", 1)),
+        "schema",
+        "(the line)",
+        "not JSON",
+    ),
+}
+
+
+def words(count):
+    return " ".join(f"word{j}" for j in range(count))
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_measuring_names_the_row_and_what_is_wrong(atlas, name):
+    spoil, kind, field, phrase = FAULTS[name]
+    spoil(atlas)
+    with pytest.raises(BadSamples) as caught:
+        length_index(open_source(atlas), recipe(), on_error="raise")
+    message = str(caught.value)
+    assert "1 samples cannot be used" in message and f"1 {kind}" in message and phrase in message and "on_error='skip'" in message
+    assert str(atlas) in message and f"row {BAD}" in message and repr(field) in message
+    index, faults = length_index(open_source(atlas), recipe(), on_error="skip")
+    assert BAD not in index.ids and len(index) == 8
+    assert [(f.kind, f.field, f.row) for f in faults] == [(kind, field, BAD)]
+    assert sum(faults.counts().values()) == 1
+
+
+@pytest.mark.parametrize("name", [name for name, (_, kind, _, _) in FAULTS.items() if kind in ("media", "schema")])
+def test_a_row_that_breaks_while_training_stops_the_run_or_masks_its_slot(atlas, name):
+    spoil, kind, field, phrase = FAULTS[name]
+
+    def pipeline(policy):
+        return Pipeline(source, how, planner, PipelineConfig(on_error=policy))
+
+    how, config = recipe(), PlanConfig(batch_size=2)
+    index, _ = length_index(open_source(atlas), how, on_error="raise")
+    planner = Planner(index, choose_buckets(index, config, SlotCost.of(CONFIG)), config)
+    spoil(atlas)
+    source = open_source(atlas)
+    with pytest.raises(SampleError, match=f"row {BAD}.*{field}") as caught:
+        list(pipeline("raise").batches(0, planner.steps_per_epoch))
+    assert caught.value.kind == kind and phrase in str(caught.value)
+
+    skipping = pipeline("skip")
+    epochs = 2 * planner.steps_per_epoch
+    fed = [i for _, batch in skipping.batches(0, epochs) for i in batch["index"].tolist() if i != MASKED]
+    assert sorted(fed) == sorted(2 * [i for i in range(9) if i != BAD])
+    assert len(skipping.faults) == 1 and f"1 {kind}" in skipping.faults.report() and phrase in skipping.faults.report()
+
+
+def test_a_file_that_grew_after_it_was_measured_is_noticed(atlas):
+    how, config = recipe(), PlanConfig(batch_size=2)
+    source = open_source(atlas)
+    index, _ = length_index(source, how, on_error="raise")
+    planner = Planner(index, choose_buckets(index, config, SlotCost.of(CONFIG), token_multiple=1, count=8), config)
+    (atlas.parent / "audio/1.wav").write_bytes((atlas.parent / "audio/8.wav").read_bytes())
+    with pytest.raises(SampleError, match="row 1.*changed since it was measured; delete the length cache"):
+        list(Pipeline(source, how, planner, PipelineConfig()).batches(0, planner.steps_per_epoch))
+
+
+def test_a_long_transcript_is_shortened_counted_and_nothing_else_is_cut(atlas):
+    text = f"<video><audio>\nTranscript: {words(400)}\nWhich of anger, sad?"
+    edit_row(atlas, BAD, problem=text)
+    how = recipe(with_target=True)
+    index, faults = length_index(open_source(atlas), how, on_error="raise")
+    assert shortened(index) == 1 and not faults
+    row = index.ids.tolist().index(BAD)
+    example = how.build(open_source(atlas)[BAD], int(index.excess[row]))
+    assert 150 < example.size().tokens <= how.max_tokens and tuple(vars(example.size()).values()) == tuple(index.sizes[row])
+    encode = how.tokenizer.encode
+    prompt = example.tokens[: example.prompt_length].tolist()
+    tail = encode("Which of anger, sad?<|im_end|><|im_start|>assistant")
+    assert prompt[-len(tail) :] == tail  # question and assistant header are whole
+    tokens = CONFIG.tokens
+    heard, seen = ((example.tokens == t).sum() for t in (tokens.audio, tokens.video))
+    assert heard == len(example.audio_pairs) > 0 and seen == example.patch_mask.sum() // 4 > 0
+
+
+def test_the_report_counts_all_and_shows_the_first(atlas):
+    for row in range(9):
+        edit_row(atlas, row, modality_signature=" ")
+    _, faults = length_index(open_source(atlas), recipe(), on_error="skip")
+    assert "9 samples cannot be used" in faults.report() and "cremad: 3 schema" in faults.report()

@@ -1,0 +1,132 @@
+"""Batches from real files: the plan executed, resumed at any step, the same however the work is done."""
+
+import dataclasses
+import itertools
+
+import numpy as np
+import pytest
+
+from omnisapiens_jax.atlas.bucketing import SlotCost, choose_buckets
+from omnisapiens_jax.atlas.lengths import length_index
+from omnisapiens_jax.atlas.pipeline import Pipeline, PipelineConfig
+from omnisapiens_jax.atlas.plan import MASKED, PlanConfig, Planner
+from omnisapiens_jax.atlas.recipe import target_text
+from omnisapiens_jax.atlas.sources import open_source
+from tests.atlas.toys import CONFIG, recipe, write_atlas
+
+
+@pytest.fixture(scope="module")
+def atlas(tmp_path_factory):
+    return write_atlas(tmp_path_factory.mktemp("atlas"))
+
+
+def make(path, pipeline=PipelineConfig(), *, host=0, with_target=False, **plan):  # noqa: B008 - frozen
+    source, how = open_source(path), recipe(with_target=with_target)
+    index, _ = length_index(source, how, on_error="raise")
+    config = PlanConfig(**{"batch_size": 4, "seed": 5, **plan})
+    planner = Planner(index, choose_buckets(index, config, SlotCost.of(CONFIG), count=4), config)
+    return Pipeline(source, how, planner, pipeline, host=host)
+
+
+def same(a, b):
+    assert a.keys() == b.keys()
+    for name in a:
+        assert a[name].dtype == b[name].dtype
+        np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+
+
+@pytest.mark.parametrize("mode", ["homogeneous", "mixed"])
+def test_an_epoch_feeds_every_sample_with_its_own_media(atlas, mode):
+    pipeline = make(atlas, mode=mode)
+    seen = []
+    for step, batch in pipeline.batches(0, pipeline.planner.steps_per_epoch):
+        assert batch["tokens"].shape == (4, pipeline.planner[step].bucket.tokens)
+        np.testing.assert_array_equal(batch["row_mask"], batch["index"] != MASKED)
+        for row, i in enumerate(batch["index"].tolist()):
+            assert (batch["audio_frames"][row] > 0).any() == (i != MASKED and i % 3 > 0)
+            assert batch["patch_mask"][row].any() == (i != MASKED and i % 3 == 2)
+        seen += [i for i in batch["index"].tolist() if i != MASKED]
+    assert sorted(seen) == list(range(30)) and not pipeline.faults
+
+
+def test_a_run_resumes_at_any_step_with_the_identical_remainder(atlas):
+    whole = dict(make(atlas).batches(0, 25))  # more than two epochs
+    assert 25 > 2 * make(atlas).planner.steps_per_epoch
+    for start in (1, 9, 20):
+        rest = dict(make(atlas).batches(start, 25))
+        assert list(rest) == list(range(start, 25))
+        for step, batch in rest.items():
+            same(batch, whole[step])
+
+
+@pytest.mark.parametrize("how", [PipelineConfig(threads=0), PipelineConfig(threads=4, ahead=6), PipelineConfig(cache_bytes=2**28)])
+def test_threads_and_cache_change_nothing(atlas, how):
+    for (_, a), (_, b) in itertools.zip_longest(make(atlas).batches(0, 20), make(atlas, how).batches(0, 20)):
+        same(a, b)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 2])
+def test_workers_change_nothing(atlas, workers):
+    several = make(atlas, PipelineConfig(workers=workers)).batches(3, 9)
+    for (k, a), (n, b) in itertools.zip_longest(make(atlas).batches(3, 9), several):
+        assert k == n
+        same(a, b)
+
+
+def test_hosts_get_the_same_shapes_and_together_the_whole_batch(atlas):
+    alone = make(atlas)
+    pair = [make(atlas, hosts=2, host=host) for host in (0, 1)]
+    for (_, whole), (_, first), (_, second) in zip(*(p.batches(0, 8) for p in (alone, *pair)), strict=True):
+        same(whole, {name: np.concatenate([first[name], second[name]]) for name in whole})
+
+
+def test_the_cache_keeps_within_its_bound(atlas):
+    pipeline = make(atlas, PipelineConfig(cache_bytes=400_000, threads=0))
+    list(pipeline.batches(0, 20))
+    cache = pipeline._load._cache
+    held = sum(v.nbytes for e in cache._examples.values() for v in vars(e).values() if isinstance(v, np.ndarray))
+    assert 0 < held == cache._used <= 400_000
+
+
+def test_a_cached_sample_is_decoded_once(atlas, monkeypatch):
+    pipeline = make(atlas, PipelineConfig(cache_bytes=2**28, threads=0))
+    built = []
+    monkeypatch.setattr(
+        type(pipeline._recipe), "build", lambda self, s, e, real=type(pipeline._recipe).build: built.append(s.id) or real(self, s, e)
+    )
+    list(pipeline.batches(0, 3 * pipeline.planner.steps_per_epoch))
+    assert sorted(built) == list(range(30))
+
+
+def test_a_blank_batch_has_the_shapes_of_its_bucket(atlas):
+    pipeline = make(atlas)
+    for step, batch in pipeline.batches(0, pipeline.planner.steps_per_epoch):
+        blank = pipeline.blank(pipeline.planner[step].bucket)
+        assert {k: (v.shape, v.dtype) for k, v in blank.items()} == {k: (v.shape, v.dtype) for k, v in batch.items()}
+        assert not blank["row_mask"].any() and (blank["index"] == MASKED).all()
+
+
+def test_targets_are_trained_and_prompts_are_not(atlas):
+    plain, taught = make(atlas), make(atlas, with_target=True)
+    source = open_source(atlas)
+    encode = recipe().tokenizer.encode
+    for _, batch in taught.batches(0, 8):
+        for row, i in enumerate(batch["index"].tolist()):
+            trained = batch["labels"][row][batch["labels"][row] >= 0].tolist()
+            assert trained == ([] if i == MASKED else [*encode(target_text(source[i])), CONFIG.tokens.im_end])
+    for _, batch in plain.batches(0, 8):
+        assert (batch["labels"] == -100).all()
+        np.testing.assert_array_equal(batch["prompt_length"], (batch["segment_ids"] > 0).sum(1))
+
+
+def test_the_target_text(atlas):
+    sample = open_source(atlas)[1]
+    assert target_text(sample) == r"<think>the words say so</think>\boxed{sad}"
+    bare = dataclasses.replace(sample, rationale="")
+    assert target_text(bare) == r"\boxed{sad}" and target_text(bare, "%s") == "sad"
+
+
+def test_a_host_that_is_not_there_is_refused(atlas):
+    with pytest.raises(ValueError, match="host 2 of 2"):
+        make(atlas, hosts=2, host=2)
