@@ -50,7 +50,7 @@ CONSTRAINED = $$($(PY) -c 'import sys; print("--constraint=constraints.txt" if s
 	@touch $@
 
 .venv/.run: .venv/.made pyproject.toml constraints.txt embedder-requirements.txt
-	@echo "Installing omnisapiens-jax and its libraries into .venv (once; about 1.2 GB, a minute or two)"
+	@echo "Installing omnisapiens-jax and its libraries into .venv (once; about 1.3 GB, a minute or two)"
 	@$(PY) $(INSTALL) $(CONSTRAINED) --editable '.[atlas]'
 	@$(PY) $(INSTALL) --no-deps --require-hashes --requirement embedder-requirements.txt
 	@touch $@

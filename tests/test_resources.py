@@ -21,9 +21,14 @@ def tracked(folder: str) -> set[str]:
     return {name for name in listed.split("\0") if name and (REPO / name).exists()}
 
 
-def test_a_checkout_answers_with_its_own_files() -> None:
-    assert resources.resource("configs") == REPO / "configs"
-    assert resources.resource("configs").is_dir()
+def test_a_checkout_answers_with_its_own_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even where a copy lies inside the package: an edited config must count."""
+    (tmp_path / "pyproject.toml").touch()
+    for root in (tmp_path, tmp_path / "omnisapiens_jax" / "_resources"):
+        (root / "configs").mkdir(parents=True)
+        (root / "configs" / "rl.py").touch()
+    monkeypatch.setattr(resources, "_PACKAGE", tmp_path / "omnisapiens_jax")
+    assert resources.resource("configs/rl.py") == tmp_path / "configs" / "rl.py"
 
 
 def test_an_installed_package_answers_from_inside_and_ignores_its_neighbours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
