@@ -16,11 +16,10 @@ from pathlib import Path
 import av
 import numpy as np
 import soundfile
-from sklearn.base import BaseEstimator
 from sklearn.decomposition import PCA
 from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import make_pipeline
+from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import FunctionTransformer, StandardScaler
 from sklearn.svm import SVC
 
@@ -67,7 +66,7 @@ def _bag() -> CountVectorizer:
     return CountVectorizer(token_pattern=r"\w+|[^\w\s]+", binary=True)
 
 
-def _models() -> dict[str, BaseEstimator]:
+def _models() -> dict[str, Pipeline]:
     dense = FunctionTransformer(lambda x: np.asarray(x.todense()), accept_sparse=True)
     return {
         "text": make_pipeline(_bag(), dense, LogisticRegression(C=1.0, max_iter=2000)),
@@ -78,15 +77,17 @@ def _models() -> dict[str, BaseEstimator]:
 
 def score(train: dict[str, np.ndarray], test: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Right or wrong, one boolean a test row, for each modality alone and for the two fusions."""
-    right, logs, joint = {}, [], {"train": [], "test": []}
+    right: dict[str, np.ndarray] = {}
+    logs: list[np.ndarray] = []
+    joint: dict[str, list[np.ndarray]] = {"train": [], "test": []}
+    classes = np.unique(train["answer"])  # the order of every classifier's columns
     for name, model in _models().items():
         if name not in train:
             continue
         model.fit(train[name], train["answer"])
         log = np.log(model.predict_proba(test[name]) + 1e-3)
         logs.append(log)
-        right[name] = model.classes_[log.argmax(axis=1)] == test["answer"]
-        classes = model.classes_
+        right[name] = classes[log.argmax(axis=1)] == test["answer"]
         for split, table in (("train", train), ("test", test)):
             part = model[:-1].transform(table[name])
             joint[split].append(part / np.sqrt(np.var(model[:-1].transform(train[name]), axis=0).sum()))
@@ -98,7 +99,7 @@ def score(train: dict[str, np.ndarray], test: dict[str, np.ndarray]) -> dict[str
 
 def main() -> None:
     """Prints the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="How much each modality of the miniature atlas tells a plain classifier.")
     parser.add_argument("folder", type=Path, nargs="?", help="an atlas; made (and kept) with the defaults if absent")
     folder = parser.parse_args().folder or atlas()
     train, test = load(folder, "train"), load(folder, "test")

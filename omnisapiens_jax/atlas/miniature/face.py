@@ -96,10 +96,7 @@ def animate(
     frames, points = [], []
     for t in range(count):
         when = (t + 0.5) / count
-        if late is None:
-            amount = min(1.0, 0.5 + 0.25 * t)
-        else:
-            amount = 1.0 if (when > 0.55) == late and not 0.45 < when <= 0.55 else 0.0
+        amount = min(1.0, 0.5 + 0.25 * t) if late is None else float(when > 0.55 if late else when < 0.45)
         shown = EXPRESSIONS["neutral"].toward(EXPRESSIONS[style], amount * strength)
         talk = 0.18 * float(loudness[t])
         shown = dataclasses.replace(shown, mouth_open=shown.mouth_open + talk, eye_open=0.1 if t == blink else shown.eye_open)
@@ -137,8 +134,13 @@ def _geometry(look: Look, e: Expression) -> dict[str, np.ndarray]:
         lift = 0.2 + 0.13 * e.brow_raise + (0.14 * e.brow_skew if side > 0 else -0.04 * e.brow_skew)
         height = eye[1] - lift + e.brow_tilt * 0.55 * inward - 0.04 * (1 - (inward / 0.2) ** 2)
         shape[f"{name}_brow"] = np.stack([eye[0] - side * inward, height], axis=1)
-    shape["nose"] = np.stack([0.07 * np.array([-0.3, -0.5, -0.8, -1.3, -0.6, 0.6, 1.3, 0.8, 0.5, 0.3]),
-                              np.array([-0.1, 0.0, 0.1, 0.2, 0.24, 0.24, 0.2, 0.1, 0.0, -0.1])], axis=1)
+    shape["nose"] = np.stack(
+        [
+            0.07 * np.array([-0.3, -0.5, -0.8, -1.3, -0.6, 0.6, 1.3, 0.8, 0.5, 0.3]),
+            np.array([-0.1, 0.0, 0.1, 0.2, 0.24, 0.24, 0.2, 0.1, 0.0, -0.1]),
+        ],
+        axis=1,
+    )
     x = 0.29 * e.mouth_width * across
     middle = 0.5 - 0.2 * e.mouth_curve * (across**2 - 0.5) - 0.09 * e.mouth_skew * across
     gape = 0.24 * e.mouth_open * np.sqrt(np.clip(1 - across**2, 0, 1))

@@ -1,6 +1,6 @@
 """Makes the miniature atlas: WAV and MP4 files, JSONL with relative paths, and on request landmarks and parquet with bytes.
 
-    python -m omnisapiens_jax.atlas.miniature.generate TARGET --samples 3000 --seed 0
+python -m omnisapiens_jax.atlas.miniature.generate TARGET --samples 3000 --seed 0
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ import pyarrow.parquet as pq
 import soundfile
 
 from omnisapiens_jax.atlas.miniature import face, speech, words
-from omnisapiens_jax.atlas.miniature.script import DATASETS, SPLITS, Row, write_script
+from omnisapiens_jax.atlas.miniature.script import DATASETS, Row, write_script
+from omnisapiens_jax.atlas.miniature.words import SPLITS
 
 VERSION = 1  # of the generator's output: raise it whenever the same seed gives other rows or media
 SAMPLES = 3000
@@ -114,7 +115,7 @@ def _make_row(job: tuple[Path, Row, int, bool]) -> dict[str, Any]:
             (folder / videos[0]).write_bytes(encode_mp4(frames, wave))
             if landmarks:
                 poses.append(f"pose/{videos[0]}.npz")
-                np.savez_compressed(folder / poses[0], **_descriptor(points))
+                _write_descriptor(folder / poses[0], points)
     return {
         "problem": row.problem,
         "answer": row.answer,
@@ -150,17 +151,18 @@ def encode_mp4(frames: np.ndarray, wave: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def _descriptor(points: np.ndarray) -> dict[str, np.ndarray]:
+def _write_descriptor(file: Path, points: np.ndarray) -> None:
     """Landmarks in the benchmark's layout: every other frame; no body and no hands are drawn, so those are zero."""
     kept = np.arange(0, len(points), 2)
-    return {
-        "pose": np.zeros((len(kept), 33, 3), np.float32),
-        "face": np.round(points[kept], 3),
-        "left_hand": np.zeros((len(kept), 21, 3), np.float32),
-        "right_hand": np.zeros((len(kept), 21, 3), np.float32),
-        "frame_indices": kept.astype(np.int64),
-        "total_frames": np.asarray(len(points), np.int64),
-    }
+    np.savez_compressed(
+        file,
+        pose=np.zeros((len(kept), 33, 3), np.float32),
+        face=np.round(points[kept], 3),
+        left_hand=np.zeros((len(kept), 21, 3), np.float32),
+        right_hand=np.zeros((len(kept), 21, 3), np.float32),
+        frame_indices=kept.astype(np.int64),
+        total_frames=np.asarray(len(points), np.int64),
+    )
 
 
 _BYTES = ("images", "videos", "audios", "ext_video_feats", "ext_audio_feats")

@@ -13,7 +13,6 @@ import dataclasses
 import numpy as np
 
 from omnisapiens_jax.atlas.miniature import words
-from omnisapiens_jax.atlas.miniature.words import SPLITS
 
 CARRIES = 0.85
 _INTERJECTED = 0.5  # of the sentences open with an interjection
@@ -122,16 +121,17 @@ def write_script(samples: int, seed: int) -> dict[str, list[Row]]:
 
 def _write_split(split: str, size: int, rng: np.random.Generator) -> list[Row]:
     edges = np.round(np.cumsum([0.0, *(d.share for d in DATASETS.values())]) * size).astype(int)
-    drafts = []
+    drafts: list[tuple[str, int]] = []
     for (name, dataset), first, last in zip(DATASETS.items(), edges[:-1], edges[1:], strict=True):
         # `cell` runs over twice the answers, so that each answer's two decoy halves are even as well
         cells = 2 * len(dataset.answers)
-        drafts += [(name, cell % cells) for cell in range(last - first)]
+        drafts += [(name, int(cell % cells)) for cell in range(last - first)]
     order = rng.permutation(len(drafts))
-    return [_write_row(split, index, *drafts[draft], rng) for index, draft in enumerate(order)]
+    return [_write_row(split, index, *drafts[int(draft)], rng) for index, draft in enumerate(order)]
 
 
 def _write_row(split: str, index: int, name: str, cell: int, rng: np.random.Generator) -> Row:
+    """One row; `cell` counts through the answers, and through them again for the other half of the decoys."""
     dataset = DATASETS[name]
     answer = dataset.answers[cell % len(dataset.answers)]
     half = cell // len(dataset.answers)
@@ -212,6 +212,3 @@ def _say(split: str, dataset: str, said: str, rng: np.random.Generator) -> tuple
 def _sentence(text: str, interjection: str, punctuation: str) -> str:
     text = f"{interjection}, {text}" if interjection else text
     return text[0].upper() + text[1:] + punctuation
-
-
-__all__ = ["CARRIES", "DATASETS", "EMOTIONS", "SPLITS", "Dataset", "Row", "split_sizes", "write_script"]

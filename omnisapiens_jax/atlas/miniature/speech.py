@@ -75,7 +75,7 @@ def speak(text: str, voice: Voice, style: str, rng: np.random.Generator, laugh: 
         wave = _insert_pause(wave, text.index(",") / len(text), prosody.pause * jitter[1])
     wave = _shape(wave, prosody, rng)
     if laugh:
-        burst = _laugh(120 * voice.tract ** 4 * (1.8 if "+f" in voice.name else 1.0), rng)
+        burst = _laugh(120 * voice.tract**4 * (1.8 if "+f" in voice.name else 1.0), rng)
         gap = np.zeros(int(0.08 * RATE), np.float32)
         wave = np.concatenate([wave, gap, burst] if laugh == "after" else [burst, gap, wave])
     wave = np.concatenate([np.zeros(int(rng.uniform(0.0, 0.05) * RATE), np.float32), wave])

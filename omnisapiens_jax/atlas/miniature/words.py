@@ -10,6 +10,15 @@ from omnisapiens_jax.atlas.miniature.speech import Voice
 
 SPLITS = ("train", "validation", "test")
 
+
+def _pool(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
+def _voices(names: str, tracts: tuple[float, ...]) -> tuple[Voice, ...]:
+    return tuple(Voice(name, tract) for tract in tracts for name in names.split())
+
+
 INTERJECTIONS: dict[str, tuple[str, ...]] = {
     "anger": ("hey", "stop"),
     "disgust": ("yuck", "ew"),
@@ -44,62 +53,56 @@ QUESTIONNAIRE: dict[str, tuple[str, ...]] = {
 
 ADJECTIVES: dict[str, dict[str, tuple[str, ...]]] = {
     "anger": {
-        "train": tuple("unfair rude broken stolen useless noisy greedy crooked reckless hostile spiteful insulting bossy careless".split()),
-        "validation": tuple("unjust cruel shameless vicious".split()),
-        "test": tuple("outrageous arrogant unforgivable nasty cheating pushy".split()),
+        "train": _pool("unfair rude broken stolen useless noisy greedy crooked reckless hostile spiteful insulting bossy careless"),
+        "validation": _pool("unjust cruel shameless vicious"),
+        "test": _pool("outrageous arrogant unforgivable nasty cheating pushy"),
     },
     "disgust": {
-        "train": tuple("rotten slimy mouldy smelly greasy filthy sticky rancid foul dirty gooey stinking sour spoiled".split()),
-        "validation": tuple("putrid grimy musty oozing".split()),
-        "test": tuple("revolting crusty sweaty soggy festering rank".split()),
+        "train": _pool("rotten slimy mouldy smelly greasy filthy sticky rancid foul dirty gooey stinking sour spoiled"),
+        "validation": _pool("putrid grimy musty oozing"),
+        "test": _pool("revolting crusty sweaty soggy festering rank"),
     },
     "fear": {
-        "train": tuple("haunted deadly creepy burning sinking shaking dark cursed savage poisoned falling lethal armed eerie".split()),
-        "validation": tuple("ghostly toxic collapsing wild".split()),
-        "test": tuple("menacing flooded venomous sinister exploding ghastly".split()),
+        "train": _pool("haunted deadly creepy burning sinking shaking dark cursed savage poisoned falling lethal armed eerie"),
+        "validation": _pool("ghostly toxic collapsing wild"),
+        "test": _pool("menacing flooded venomous sinister exploding ghastly"),
     },
     "happy": {
-        "train": tuple("lovely sunny splendid charming golden perfect superb cheerful radiant brilliant fantastic joyful great sweet".split()),
-        "validation": tuple("delightful glorious merry amazing".split()),
-        "test": tuple("wonderful marvellous beautiful terrific blissful excellent".split()),
+        "train": _pool("lovely sunny splendid charming golden perfect superb cheerful radiant brilliant fantastic joyful great sweet"),
+        "validation": _pool("delightful glorious merry amazing"),
+        "test": _pool("wonderful marvellous beautiful terrific blissful excellent"),
     },
     "neutral": {
-        "train": tuple("square grey plain usual wooden round medium standard empty flat narrow common paper local".split()),
-        "validation": tuple("ordinary oval regular metal".split()),
-        "test": tuple("typical beige average folded plastic printed".split()),
+        "train": _pool("square grey plain usual wooden round medium standard empty flat narrow common paper local"),
+        "validation": _pool("ordinary oval regular metal"),
+        "test": _pool("typical beige average folded plastic printed"),
     },
     "sad": {
-        "train": tuple("lonely lost weary hopeless gloomy gone mournful tearful faded worn hollow bleak grieving crushed".split()),
-        "validation": tuple("forlorn wilted dreary heavy".split()),
-        "test": tuple("sorrowful abandoned deserted miserable withered forsaken".split()),
+        "train": _pool("lonely lost weary hopeless gloomy gone mournful tearful faded worn hollow bleak grieving crushed"),
+        "validation": _pool("forlorn wilted dreary heavy"),
+        "test": _pool("sorrowful abandoned deserted miserable withered forsaken"),
     },
 }
 NOUNS: dict[str, tuple[str, ...]] = {
-    "train": tuple("house garden letter soup neighbour room street bridge table party office river jacket story".split()),
-    "validation": tuple("kitchen train picture window".split()),
-    "test": tuple("market hotel song boat school dinner".split()),
+    "train": _pool("house garden letter soup neighbour room street bridge table party office river jacket story"),
+    "validation": _pool("kitchen train picture window"),
+    "test": _pool("market hotel song boat school dinner"),
 }
 JOKE_NOUNS: dict[str, tuple[str, ...]] = {
-    "train": tuple("penguin goat banana monkey pirate robot cow wizard".split()),
-    "validation": tuple("parrot clown pickle".split()),
-    "test": tuple("llama walrus turnip vampire".split()),
+    "train": _pool("penguin goat banana monkey pirate robot cow wizard"),
+    "validation": _pool("parrot clown pickle"),
+    "test": _pool("llama walrus turnip vampire"),
 }
 JOKE_ADJECTIVES: dict[str, tuple[str, ...]] = {
-    "train": tuple("tiny purple wobbly fluffy giant silly".split()),
-    "validation": tuple("bouncy striped".split()),
-    "test": tuple("itchy spotted singing".split()),
+    "train": _pool("tiny purple wobbly fluffy giant silly"),
+    "validation": _pool("bouncy striped"),
+    "test": _pool("itchy spotted singing"),
 }
 WORRIES: dict[str, tuple[str, ...]] = {
-    "train": tuple("worry tremble panic sweat fret pace stammer flinch brood overthink".split()),
-    "validation": tuple("shiver obsess tense fidget".split()),
-    "test": tuple("dread shudder quiver freeze doubt startle".split()),
+    "train": _pool("worry tremble panic sweat fret pace stammer flinch brood overthink"),
+    "validation": _pool("shiver obsess tense fidget"),
+    "test": _pool("dread shudder quiver freeze doubt startle"),
 }
-
-
-def _voices(names: str, tracts: tuple[float, ...]) -> tuple[Voice, ...]:
-    return tuple(Voice(name, tract) for tract in tracts for name in names.split())
-
-
 SPEAKERS: dict[str, tuple[Voice, ...]] = {
     "train": _voices(
         "en+m1 en+m3 en-us+m4 en+m7 en-us+f1 en+f2 en+f4 en-us+linda en+Andy en+klatt2 en-us+steph en+Alicia en+paul en-us+ed "

@@ -1,0 +1,6 @@
+"""Makes the miniature atlas: python data/generate.py TARGET [--samples N] [--seed S] [--landmarks] [--parquet]."""
+
+from omnisapiens_jax.atlas.miniature.generate import main
+
+if __name__ == "__main__":
+    main()
