@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 _PACKAGE = Path(__file__).resolve().parent
@@ -28,6 +29,11 @@ def resource(path: str) -> Path:
             return place
     searched = " or ".join(str(place) for place in places)
     raise FileNotFoundError(f"omnisapiens_jax has no resource {path!r}: not at {searched}; only configs/ and data/ travel with the package")
+
+
+def cache() -> Path:
+    """Where what was fetched, generated or measured once is kept: `$XDG_CACHE_HOME/omnisapiens_jax` or `~/.cache/omnisapiens_jax`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "omnisapiens_jax"
 
 
 def _roots() -> list[Path]:

@@ -68,3 +68,11 @@ def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """Lays this process's rows of a batch on the mesh, along its batch axes; rows of all processes make the global batch."""
     sharding = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
     return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()}
+
+
+def local_rows(array: jax.Array) -> np.ndarray:
+    """This process's rows of a global array that is divided along its first axis, the opposite of `put_batch`."""
+    if array.is_fully_addressable:
+        return np.asarray(array)
+    rows = {shard.index[0].start or 0: shard.data for shard in array.addressable_shards}
+    return np.concatenate([np.asarray(rows[start]) for start in sorted(rows)])

@@ -1,0 +1,29 @@
+"""GRPO with a warm start. `--config=configs/rl.py:7b` selects the size."""
+
+from ml_collections import ConfigDict
+
+from omnisapiens_jax import defaults
+
+
+def get_config(size: str = "mini") -> ConfigDict:
+    mini = size == "mini"
+    config = defaults.base(size)
+    config.job = "rl"
+    config.warm_start = ConfigDict({"rows": "third" if mini else "none", **defaults.sft(size)})  # whose answers may be seen; none = skip
+    config.rl = ConfigDict(
+        {
+            "rows": "rest" if mini else "all",  # prompts: those whose answers the warm start did not see
+            "prompts": 32,  # a step
+            "rollouts": 8 if mini else 5,  # n, of each prompt
+            "updates": 1 if mini else 4,  # optimizer steps a rollout is cut into
+            "micro_batches": 1 if mini else 8,
+            "temperature": 1.0,
+            "steps": 300 if mini else 10_000,
+            "save_every": 25,
+            "record_every": 50,  # rollouts kept for replay and for the report; 0 = none
+            "optim": defaults.optimizer(lr=2e-4, weight_decay=0.0) if mini else defaults.optimizer(lr=1e-6),
+            "loss": {"clip_low": 0.2, "clip_high": 0.2, "dual_clip": 3.0, "aggregation": "token_mean"},
+            "reward": {"accuracy": 1.0, "format": 0.2, "similarity": 0.5, "strip": True, "brackets_in_thinking": False},
+        }
+    )
+    return config

@@ -1,0 +1,84 @@
+"""Settings that all runs share, and what each model size changes in them. A file in `configs/` adds what its run does."""
+
+from __future__ import annotations
+
+from ml_collections import ConfigDict
+
+SIZES = ("mini", "3b", "7b")
+_DECODER = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def base(size: str) -> ConfigDict:
+    """Model, data, processing and mesh of a size: `mini` trains from scratch on a laptop; `3b` and `7b` want `config.model.weights`."""
+    if size not in SIZES:
+        raise ValueError(f"unknown size {size!r}; known: {', '.join(SIZES)}")
+    mini = size == "mini"
+    config = ConfigDict()
+    config.size = size
+    config.seed = 0
+    config.model = ConfigDict(
+        {
+            "preset": size,
+            "weights": "",  # a checkpoint directory (tools/convert_weights.py import); empty = random weights of the preset
+            "dtype": "float32" if mini else "bfloat16",
+            "param_dtype": "float32" if mini else "bfloat16",
+            "remat": "none" if mini else "full",
+            "lora": {  # rank 0 = train every parameter
+                "rank": 0 if mini else 32,
+                "alpha": 64.0,
+                "targets": {"decoder": _DECODER, "audio": (), "vision": ()},
+            },
+        }
+    )
+    config.mesh = ConfigDict({"data": -1, "fsdp": 1 if mini else 4, "tensor": 1})
+    config.atlas = ConfigDict(
+        {
+            "path": "",  # a folder with train, validation and test as .jsonl or parquet; empty = the miniature atlas, made on first use
+            "samples": 3000,  # of the miniature atlas
+            "seed": 0,
+            "train": "train",
+            "validation": "validation",
+            "test": "test",
+            "max_tokens": 256 if mini else 4096,
+            "batches": "mixed" if mini else "homogeneous",
+            "buckets": 2 if mini else 8,
+            "on_error": "raise" if mini else "skip",
+            "cache_bytes": 2**31 if mini else 0,
+            "workers": 0,
+        }
+    )
+    pixels = 84 * 84 if mini else 147_456
+    config.processing = ConfigDict(
+        {
+            "audio_seconds": 10.0,
+            "video_frames": 4,
+            "video_min_pixels": pixels,
+            "video_max_pixels": pixels,
+            "format_prompt": "default",
+        }
+    )
+    config.generation = ConfigDict({"unroll": mini, "chunk": 16, "max_tokens": 40 if mini else 2048})
+    config.eval_batch = 64
+    return config
+
+
+def optimizer(**changes: float | str) -> ConfigDict:
+    """AdamW as the published runs set it, with `changes`."""
+    config = ConfigDict({"lr": 1e-4, "schedule": "constant", "warmup": 0, "b1": 0.9, "b2": 0.999, "weight_decay": 0.01, "clip": 1.0})
+    config.update(changes)
+    return config
+
+
+def sft(size: str) -> ConfigDict:
+    """Supervised fine-tuning to the minimum of the validation loss."""
+    mini = size == "mini"
+    return ConfigDict(
+        {
+            "batch_size": 32 if mini else 64,
+            "micro_batches": 1 if mini else 16,
+            "steps": 1500 if mini else 3000,
+            "eval_every": 50,
+            "patience": 4,  # evaluations without a new minimum
+            "optim": optimizer(lr=1e-3, warmup=50) if mini else optimizer(lr=1e-4, warmup=10, b2=0.95, schedule="cosine"),
+        }
+    )

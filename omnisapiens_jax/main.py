@@ -1,0 +1,43 @@
+"""Runs the job that a config names.
+
+    python -m omnisapiens_jax.main --config=configs/rl.py --workdir=runs/rl
+    python -m omnisapiens_jax.main --config=rl:7b --workdir=gs://... --config.model.weights=DIR --config.rl.optim.lr=5e-7
+
+A bare name (`rl`) is one of the configs that travel with the package; what follows the colon selects the size.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from absl import app, flags
+from ml_collections import config_flags
+
+from omnisapiens_jax.resources import resource
+
+
+def main(argv: list[str]) -> None:
+    """Flags to config to job."""
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments {argv[1:]}")
+    from omnisapiens_jax.training import jobs  # after the flags are read, so that --help does not wait for jax
+
+    jobs.run(_CONFIG.value, Path(_WORKDIR.value))
+
+
+def _bundled(argument: str) -> str:
+    """`--config=rl:7b` -> `--config=<where the package keeps configs>/rl.py:7b`; any other argument as it is."""
+    flag, _, value = argument.partition("=")
+    name, colon, size = value.partition(":")
+    if flag not in ("--config", "-config") or not name.isidentifier():
+        return argument
+    return f"{flag}={resource(f'configs/{name}.py')}{colon}{size}"
+
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file or bundled name, with :size where it takes one.", lock_config=True)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; a run found there goes on.")
+
+if __name__ == "__main__":
+    flags.mark_flags_as_required(["config", "workdir"])
+    app.run(main, argv=[sys.argv[0], *map(_bundled, sys.argv[1:])])

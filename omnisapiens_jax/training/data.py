@@ -1,0 +1,104 @@
+"""The atlas of a run: its splits opened, measured and planned, as `config.atlas` and `config.processing` say."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+
+from omnisapiens_jax import resources
+from omnisapiens_jax.atlas.bucketing import SlotCost, choose_buckets
+from omnisapiens_jax.atlas.lengths import length_index, shortened
+from omnisapiens_jax.atlas.miniature import generate
+from omnisapiens_jax.atlas.pipeline import Pipeline, PipelineConfig
+from omnisapiens_jax.atlas.plan import Index, PlanConfig, Planner
+from omnisapiens_jax.atlas.recipe import Recipe
+from omnisapiens_jax.atlas.schema import Sample
+from omnisapiens_jax.atlas.sources import Source, open_source
+from omnisapiens_jax.models.config import ThinkerConfig
+from omnisapiens_jax.processing.chat import FORMAT_PROMPTS
+from omnisapiens_jax.processing.options import ProcessingConfig
+from omnisapiens_jax.processing.tokenizers import MiniTokenizer, QwenTokenizer, Tokenizer
+from omnisapiens_jax.training.journal import Bar, console
+
+Rows = Callable[[Index], np.ndarray]  # [N] bool: which samples of a split take part
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """Rows of one split and the pipeline that batches them."""
+
+    source: Source
+    pipeline: Pipeline
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Batches that hold every row once."""
+        return self.pipeline.planner.steps_per_epoch
+
+    def samples(self, batch: dict[str, Any]) -> list[Sample | None]:
+        """The samples of a batch's slots, None where a slot is masked."""
+        return [self.source[i] if i >= 0 else None for i in batch["index"].tolist()]
+
+
+class Atlas:
+    """Opens splits on demand. All of them share one tokenizer and one way of reading media."""
+
+    def __init__(self, config: ml_collections.ConfigDict, model: ThinkerConfig):
+        """`config` is the whole run's; the miniature atlas is generated first if `config.atlas.path` is empty."""
+        self._config, self._model = config, model
+        self.tokenizer = open_tokenizer(config.model.weights)
+        self._root = Path(config.atlas.path) if config.atlas.path else self._miniature()
+        self._cache = resources.cache() / "lengths"
+        self._options = ProcessingConfig(
+            **{**config.processing.to_dict(), "format_prompt": FORMAT_PROMPTS[config.processing.format_prompt]}
+        )
+
+    def split(
+        self, name: str, *, batch_size: int, target: bool, shuffle: bool, rows: Rows | None = None, without: tuple[str, ...] = ()
+    ) -> Split:
+        """One split.
+
+        Args:
+          name: its file in the atlas folder, without the ending.
+          batch_size: slots of a batch, all hosts together.
+          target: append the supervised target, or end at the assistant header.
+          shuffle: a new order every epoch, or the file's own.
+          rows: which samples take part (all).
+          without: modalities blanked, see `omnisapiens_jax.evaluation.evaluate.blank`; `text` takes the transcripts out here.
+        """
+        atlas = self._config.atlas
+        source = open_source(self._root / name)
+        recipe = Recipe(self.tokenizer, self._model, self._options, max_tokens=atlas.max_tokens, with_target=target)
+        with Bar(f"measuring {name}", total=len(source)) as bar:
+            index, faults = length_index(source, recipe, on_error=atlas.on_error, cache=self._cache, progress=lambda *_: bar.advance())
+        if faults:
+            console.print(faults.report())
+        if cut := shortened(index):
+            console.print(f"{name}: the transcripts of {cut} of {len(index)} samples were shortened to fit {atlas.max_tokens} tokens")
+        if rows is not None:
+            index = index.subset(rows(index))
+        plan = PlanConfig(batch_size, hosts=jax.process_count(), seed=self._config.seed, mode=atlas.batches, shuffle=shuffle)
+        buckets = choose_buckets(index, plan, SlotCost.of(self._model), count=atlas.buckets)
+        pipeline = PipelineConfig(atlas.on_error, cache_bytes=atlas.cache_bytes, workers=atlas.workers)
+        return Split(source, Pipeline(source, recipe, Planner(index, buckets, plan), pipeline, host=jax.process_index()))
+
+    def _miniature(self) -> Path:
+        atlas = self._config.atlas
+        with Bar("making the miniature atlas", total=atlas.samples) as bar:
+            return generate.atlas(atlas.samples, atlas.seed, cache=resources.cache(), progress=lambda *_: bar.advance())
+
+
+def open_tokenizer(weights: str) -> Tokenizer:
+    """The tokenizer beside a checkpoint, or the bundled small vocabulary where there is none."""
+    return QwenTokenizer(weights) if weights else MiniTokenizer(resources.resource("data/mini/tokenizer.model"))
+
+
+def every_third(index: Index) -> np.ndarray:
+    """The third of a split whose answers the warm start may see, chosen by row number: `[N]` bool."""
+    return index.ids % 3 == 0

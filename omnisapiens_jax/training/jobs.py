@@ -1,0 +1,127 @@
+"""The jobs a config can name: each one run from flags to report, stage by stage. A job started again goes on where it stopped."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import ml_collections
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from omnisapiens_jax.atlas.plan import Index
+from omnisapiens_jax.evaluation.evaluate import Answer, accuracy, answer_all, load_answers, save_answers
+from omnisapiens_jax.generation.sampling import Generator, Sampling
+from omnisapiens_jax.parallel.mesh import make_mesh, on_mesh
+from omnisapiens_jax.rl.similarity import Similarity
+from omnisapiens_jax.training import rl, sft
+from omnisapiens_jax.training.data import Atlas, Rows
+from omnisapiens_jax.training.journal import Compilations, console, progress
+from omnisapiens_jax.training.state import TrainState, create_state, parameters, thinker_config
+
+
+def _third(index: Index) -> np.ndarray:
+    return index.ids % 3 == 0
+
+
+ROWS: dict[str, Rows | None] = {"all": None, "third": _third, "rest": lambda index: ~_third(index)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What every stage of a job needs."""
+
+    config: ml_collections.ConfigDict
+    workdir: Path
+    mesh: Mesh
+    atlas: Atlas
+    graph: nnx.GraphDef
+
+    def fit(self, stage: ml_collections.ConfigDict, folder: str, state: TrainState) -> TrainState:
+        """Supervised training on the rows the stage names."""
+        atlas = self.config.atlas
+        train = self.atlas.split(atlas.train, batch_size=stage.batch_size, target=True, shuffle=True, rows=ROWS[stage.rows])
+        validation = self.atlas.split(atlas.validation, batch_size=self.config.eval_batch, target=True, shuffle=False)
+        return sft.fit(stage, self.workdir / folder, self.graph, state, train, validation, self.mesh)
+
+    def generator(self, rollouts: int, temperature: float) -> Generator:
+        """A sampler for this run's thinker."""
+        generation, model = self.config.generation, thinker_config(self.config.model)
+        sampling = Sampling(
+            rollouts=rollouts,
+            max_tokens=generation.max_tokens,
+            temperature=temperature,
+            eos=(model.tokens.im_end, model.tokens.pad),
+            pad=model.tokens.pad,
+            chunk=generation.chunk,
+        )
+        return Generator(self.graph, sampling, unroll=generation.unroll)
+
+    def evaluate(self, name: str, state: TrainState) -> list[Answer]:
+        """Greedy answers to the held-out split, from `evaluation-NAME.json` if this run has made them already."""
+        path = self.workdir / f"evaluation-{name}.json"
+        if not path.exists():
+            split = self.atlas.split(self.config.atlas.test, batch_size=self.config.eval_batch, target=False, shuffle=False)
+            generator, steps = self.generator(1, 0.0), split.steps_per_epoch
+            batches = progress(split.pipeline.batches(0, steps), f"evaluating {name}", total=steps)
+            pairs = ((batch, split.samples(batch)) for _, batch in batches)
+            save_answers(path, answer_all(generator, generator.view(parameters(state)), pairs, self.atlas.tokenizer, self.mesh))
+        answers = load_answers(path)
+        console.print(f"held-out accuracy {name}: {accuracy(answers):.3f} on {len(answers)} samples")
+        return answers
+
+
+def run(config: ml_collections.ConfigDict, workdir: Path) -> None:
+    """Runs the job that `config.job` names in `workdir`.
+
+    Raises:
+      ValueError: the job is unknown, or `workdir` holds a run of another config.
+    """
+    if config.job not in JOBS:
+        raise ValueError(f"unknown job {config.job!r}; known: {', '.join(JOBS)}")
+    _claim(workdir, config)
+    Compilations.watch()
+    mesh = make_mesh(**config.mesh)
+    with on_mesh(mesh):
+        graph, state = create_state(config.model, config.seed, mesh)
+        size = sum(leaf.size for leaf in jax.tree.leaves(parameters(state)))
+        trained = sum(leaf.size for leaf in jax.tree.leaves(state.trainable))
+        console.print(f"{size:,} parameters, {trained:,} trained, on {mesh.size} {jax.default_backend()} device(s) {dict(mesh.shape)}")
+        JOBS[config.job](Run(config, workdir, mesh, Atlas(config, thinker_config(config.model)), graph), state)
+
+
+def _rl(run: Run, state: TrainState) -> None:
+    config = run.config
+    if config.warm_start.rows != "none":
+        state = run.fit(config.warm_start, "warm_start", state)
+    run.evaluate("before", state)
+    prompts = run.atlas.split(config.atlas.train, batch_size=config.rl.prompts, target=False, shuffle=True, rows=ROWS[config.rl.rows])
+    generator = run.generator(config.rl.rollouts, config.rl.temperature)
+    similarity = Similarity() if config.rl.reward.similarity else None
+    state = rl.improve(
+        config.rl, config.seed, run.workdir / "rl", run.graph, state, generator, prompts, run.atlas.tokenizer, similarity, run.mesh
+    )
+    run.evaluate("after", state)
+
+
+def _sft(run: Run, state: TrainState) -> None:
+    run.evaluate("sft", run.fit(run.config.sft, "sft", state))
+
+
+JOBS: dict[str, Callable[[Run, TrainState], None]] = {"rl": _rl, "sft": _sft}
+
+
+def _claim(workdir: Path, config: ml_collections.ConfigDict) -> None:
+    """Writes the config into `workdir`, or checks that the run found there has the same one."""
+    path, text = workdir / "config.json", config.to_json_best_effort(indent=2)
+    if not path.exists():
+        workdir.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    elif path.read_text() != text:
+        old, new = json.loads(path.read_text()), json.loads(text)
+        differing = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
+        raise ValueError(f"{workdir} holds a run with another config (differs in {', '.join(differing)}): name another --workdir")

@@ -1,0 +1,116 @@
+"""What a run says while it goes on: metrics to JSONL and TensorBoard, a progress bar with the time left, and a count of compilations."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+import tensorboardX
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+Item = TypeVar("Item")
+
+console = Console()
+
+
+class Journal:
+    """Metrics of one stage, one line a step. Keys under `time/` are wall-clock facts; all others are the same in every rerun."""
+
+    def __init__(self, directory: Path, *, start: int):
+        """Opens `directory/metrics.jsonl`; lines of steps from `start` on (written by a run that was killed) are taken back."""
+        directory.mkdir(parents=True, exist_ok=True)
+        self._path = directory / "metrics.jsonl"
+        kept = [row for row in read_metrics(self._path) if row["step"] < start]
+        draft = self._path.with_suffix(".part")
+        draft.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        draft.replace(self._path)
+        self._file = self._path.open("a")
+        self._board = tensorboardX.SummaryWriter(str(directory / "tensorboard"), purge_step=start, flush_secs=30)
+        self._last = time.perf_counter()
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._file.close()
+        self._board.close()
+
+    def write(self, step: int, metrics: Mapping[str, Any]) -> dict[str, float]:
+        """Writes one line; device scalars are fetched here, in one transfer."""
+        now = time.perf_counter()
+        values = {name: np.asarray(value).item() for name, value in jax.device_get(dict(metrics)).items()}
+        values |= {"time/seconds": now - self._last, "time/compilations": Compilations.count}
+        self._last = now
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            self._board.add_scalar(name, value, step)
+        return values
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a `metrics.jsonl`; a last line cut off by a kill is left out."""
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+class Compilations:
+    """Counts the programs XLA has compiled (or fetched from its cache) in this process."""
+
+    count = 0
+
+    @classmethod
+    def watch(cls) -> None:
+        """Starts counting, once."""
+        if not cls._watching:
+            jax.monitoring.register_event_duration_secs_listener(cls._on_event)
+            cls._watching = True
+
+    _watching = False
+
+    @classmethod
+    def _on_event(cls, event: str, seconds: float, **facts: Any) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            cls.count += 1
+
+
+class Bar:
+    """A progress bar whose right end shows the numbers of the moment."""
+
+    def __init__(self, title: str, *, total: int, start: int = 0):
+        """`total` steps, of which `start` are done."""
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+        self._progress = Progress(*columns, TextColumn("{task.fields[facts]}"), console=console)
+        self._task = self._progress.add_task(title, total=total, completed=start, facts="")
+
+    def __enter__(self) -> Bar:
+        self._progress.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._progress.stop()
+
+    def advance(self, **facts: float) -> None:
+        """One step further; `facts` are shown with three digits."""
+        shown = "  ".join(f"{name} {value:.3g}" for name, value in facts.items())
+        self._progress.update(self._task, advance=1, facts=shown)
+
+
+def progress(items: Iterable[Item], title: str, *, total: int) -> Iterator[Item]:
+    """Yields `items` behind a progress bar."""
+    with Bar(title, total=total) as bar:
+        for item in items:
+            yield item
+            bar.advance()

@@ -1,0 +1,99 @@
+"""Supervised fine-tuning on responses, media really fed, to the minimum of the validation loss."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+
+from omnisapiens_jax.parallel.mesh import put_batch
+from omnisapiens_jax.training.checkpoints import Checkpoints
+from omnisapiens_jax.training.data import Split
+from omnisapiens_jax.training.journal import Bar, Journal, console
+from omnisapiens_jax.training.losses import lm_loss
+from omnisapiens_jax.training.state import TrainState, apply_gradients, fresh_optimizer, make_optimizer, micro_gradients, parameters
+
+
+def fit(
+    config: ml_collections.ConfigDict, workdir: Path, graph: nnx.GraphDef, state: TrainState, train: Split, validation: Split, mesh: Mesh
+) -> TrainState:
+    """Trains until the validation loss has not fallen for `patience` evaluations, and returns the state of its minimum.
+
+    Args:
+      config: the stage's part of the run's config (`config.sft`).
+      workdir: of this stage; a run found there goes on where it stopped.
+      graph: the thinker's structure.
+      state: where to start.
+      train: batches with targets.
+      validation: batches with targets, in fixed order.
+      mesh: everything lies on it.
+    """
+    optimizer = make_optimizer(config.optim, config.steps)
+    state = fresh_optimizer(state, optimizer, mesh)
+    step_fn = jax.jit(functools.partial(sft_step, graph, optimizer, config.micro_batches), donate_argnums=0)
+    loss_fn = jax.jit(functools.partial(loss_sum, graph))
+    progress: dict[str, Any] = {"best_loss": float("inf"), "best_step": 0, "finished": False}
+
+    with Checkpoints(workdir / "best", keep=1) as best, Checkpoints(workdir / "state") as checkpoints:
+        if checkpoints.latest is not None:
+            state, progress = checkpoints.restore(state)
+        start = int(state.step)
+        with Journal(workdir, start=start) as journal, Bar("SFT", total=config.steps, start=start) as bar:
+            for step, batch in train.pipeline.batches(start, 0 if progress["finished"] else config.steps):
+                state, metrics = step_fn(state, put_batch(batch, mesh))
+                if (step + 1) % config.eval_every == 0 or step + 1 == config.steps:
+                    metrics["validation_loss"] = validation_loss(loss_fn, state, validation, mesh)
+                    if metrics["validation_loss"] < progress["best_loss"]:
+                        progress |= {"best_loss": metrics["validation_loss"], "best_step": step + 1}
+                        best.save(step + 1, state, progress)
+                    waited = (step + 1 - progress["best_step"]) // config.eval_every
+                    progress["finished"] = waited >= config.patience or step + 1 == config.steps
+                    checkpoints.save(step + 1, state, progress)
+                written = journal.write(step, metrics)
+                bar.advance(loss=written["loss"], best=progress["best_loss"])
+                if progress["finished"]:
+                    break
+        state, progress = best.restore(state)
+    console.print(f"SFT: validation loss {progress['best_loss']:.4f} at step {progress['best_step']}")
+    return state
+
+
+def sft_step(
+    graph: nnx.GraphDef, optimizer: optax.GradientTransformation, micro_batches: int, state: TrainState, batch: dict[str, jax.Array]
+) -> tuple[TrainState, dict[str, Any]]:
+    """One update on the mean cross-entropy of the response tokens of `batch`."""
+    loss, tokens, grads = sft_gradients(graph, micro_batches, state, batch)
+    state, metrics = apply_gradients(state, grads, optimizer)
+    return state, metrics | {"loss": loss, "tokens": tokens}
+
+
+def sft_gradients(
+    graph: nnx.GraphDef, micro_batches: int, state: TrainState, batch: dict[str, jax.Array]
+) -> tuple[jax.Array, jax.Array, nnx.State]:
+    """Mean loss, trained tokens, and the gradient of the trainable parameters."""
+    total = jnp.maximum(jnp.sum(batch["labels"][:, 1:] >= 0), 1)
+
+    def share(trainable: nnx.State, part: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        loss, tokens = lm_loss(nnx.merge(graph, trainable, state.frozen), part)
+        return loss / total, tokens
+
+    return micro_gradients(share, state.trainable, batch, micro_batches)
+
+
+def loss_sum(graph: nnx.GraphDef, params: nnx.State, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    """Summed cross-entropy and number of response tokens of a batch."""
+    return lm_loss(nnx.merge(graph, params), batch)
+
+
+def validation_loss(loss_fn: Any, state: TrainState, validation: Split, mesh: Mesh) -> float:
+    """Mean cross-entropy of every response token of the validation split."""
+    sums = [loss_fn(parameters(state), put_batch(batch, mesh)) for _, batch in validation.pipeline.batches(0, validation.steps_per_epoch)]
+    loss, tokens = (sum(float(part) for part in column) for column in zip(*sums, strict=True))
+    return loss / max(tokens, 1.0)

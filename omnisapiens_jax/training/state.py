@@ -1,0 +1,145 @@
+"""What a run learns: parameters split into trainable and frozen, the optimizer, and gradients over micro-batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+
+from omnisapiens_jax.convert.checkpoint import load_params, put_params
+from omnisapiens_jax.convert.huggingface import Params
+from omnisapiens_jax.models.config import ThinkerConfig
+from omnisapiens_jax.models.layers import LoraConfig, LoraParam
+from omnisapiens_jax.models.thinker import Thinker
+from omnisapiens_jax.parallel.mesh import on_mesh, shardings
+
+Stats = TypeVar("Stats")  # anything that adds up over micro-batches with `+`
+
+
+class TrainState(NamedTuple):
+    """All that an update reads and writes; frozen leaves have neither gradient nor optimizer state."""
+
+    step: jax.Array
+    trainable: nnx.State
+    frozen: nnx.State
+    opt_state: optax.OptState
+
+
+def thinker_config(model: ml_collections.ConfigDict) -> ThinkerConfig:
+    """The shapes that `model.weights` (a checkpoint of ours or of Hugging Face) states, or those of `model.preset`."""
+    return ThinkerConfig.from_hf(model.weights) if model.weights else ThinkerConfig.preset(model.preset)
+
+
+def make_thinker(model: ml_collections.ConfigDict, seed: int) -> Thinker:
+    """A thinker with random weights, as `config.model` describes it."""
+    lora = None
+    if model.lora.rank:
+        lora = LoraConfig(model.lora.rank, model.lora.alpha, {tower: tuple(names) for tower, names in model.lora.targets.items() if names})
+    return Thinker(
+        thinker_config(model),
+        rngs=nnx.Rngs(seed),
+        lora=lora,
+        dtype=jnp.dtype(model.dtype),
+        param_dtype=jnp.dtype(model.param_dtype),
+        remat=model.remat,
+    )
+
+
+def trainable_filter(model: ml_collections.ConfigDict) -> Any:
+    """LoRA factors where there are any, else every parameter that the forward reads."""
+    if model.lora.rank:
+        return LoraParam
+    return nnx.All(nnx.Param, nnx.Not(nnx.PathContains("audio_bos_eos_token")))
+
+
+def make_optimizer(optim: ml_collections.ConfigDict, steps: int) -> optax.GradientTransformation:
+    """AdamW with global-norm clipping and warm-up; an update with a non-finite gradient is skipped and counted."""
+    decay_steps = max(steps, optim.warmup + 1)
+    schedules = {
+        "constant": lambda: optax.warmup_constant_schedule(0.0, optim.lr, optim.warmup),
+        "cosine": lambda: optax.warmup_cosine_decay_schedule(0.0, optim.lr, optim.warmup, decay_steps),
+    }
+    if optim.schedule not in schedules:
+        raise ValueError(f"unknown optim.schedule {optim.schedule!r}; known: {', '.join(schedules)}")
+    schedule = schedules[optim.schedule]() if optim.warmup or optim.schedule != "constant" else optim.lr
+    adamw = optax.adamw(schedule, b1=optim.b1, b2=optim.b2, weight_decay=optim.weight_decay)
+    return optax.apply_if_finite(optax.chain(optax.clip_by_global_norm(optim.clip), adamw), max_consecutive_errors=5)
+
+
+def create_state(model: ml_collections.ConfigDict, seed: int, mesh: Mesh) -> tuple[nnx.GraphDef, TrainState]:
+    """Parameters from `model.weights`, or random ones; made or read where they will live: no device holds more than its share.
+
+    There is no optimizer yet: a stage brings its own (`fresh_optimizer`).
+    """
+    abstract = nnx.eval_shape(lambda: make_thinker(model, seed))
+
+    def init(params: Params | None) -> TrainState:
+        thinker = make_thinker(model, seed)
+        if params is not None:
+            put_params(thinker, params)
+        _, trainable, frozen = nnx.split(thinker, trainable_filter(model), ...)
+        return TrainState(jnp.zeros((), jnp.int32), trainable, frozen, ())
+
+    with on_mesh(mesh):
+        params = load_params(model.weights, target=_targets(abstract, mesh)) if model.weights else None
+        state = jax.jit(init, out_shardings=shardings(jax.eval_shape(init, params), mesh))(params)
+    return nnx.graphdef(abstract), state
+
+
+def _targets(thinker: Thinker, mesh: Mesh) -> Params:
+    """Shape, dtype and sharding of every parameter that a checkpoint holds."""
+    base = nnx.state(thinker, nnx.All(nnx.Param, nnx.Not(LoraParam)))
+    arrays, places = nnx.to_pure_dict(base), nnx.to_pure_dict(shardings(base, mesh))
+    return jax.tree.map(lambda a, place: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), arrays, places)
+
+
+def fresh_optimizer(state: TrainState, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """The same parameters at step 0 with a new optimizer: what a stage starts with."""
+    abstract = jax.eval_shape(optimizer.init, state.trainable)
+    opt_state = jax.jit(optimizer.init, out_shardings=shardings(abstract, mesh))(state.trainable)
+    return state._replace(step=jnp.zeros_like(state.step), opt_state=opt_state)
+
+
+def parameters(state: TrainState) -> nnx.State:
+    """Trainable and frozen parameters as one state."""
+    return nnx.merge_state(state.trainable, state.frozen)
+
+
+def micro_gradients(
+    loss: Callable[[nnx.State, Any], tuple[jax.Array, Stats]], trainable: nnx.State, batch: Any, micro_batches: int
+) -> tuple[jax.Array, Stats, nnx.State]:
+    """Loss, statistics and gradient of a batch, `micro_batches` rows-interleaved parts at a time.
+
+    `loss` gives a part's *share* of the loss (denominators of the whole batch), so the parts add up whatever their number.
+    """
+    gradient = jax.value_and_grad(loss, has_aux=True)
+    if micro_batches == 1:
+        (value, stats), grads = gradient(trainable, batch)
+        return value, stats, grads
+    # Rows m, m + M, ... make part m: the batch axis stays divided over the devices as it was.
+    parts = jax.tree.map(lambda x: jnp.swapaxes(x.reshape(-1, micro_batches, *x.shape[1:]), 0, 1), batch)
+
+    def add(total: tuple[Any, Any, Any], part: Any) -> tuple[tuple[Any, Any, Any], None]:
+        (value, stats), grads = gradient(trainable, part)
+        return (total[0] + value, total[1] + stats, jax.tree.map(jnp.add, total[2], grads)), None
+
+    first = jax.tree.map(lambda x: x[0], parts)
+    (value, stats), grads = jax.eval_shape(gradient, trainable, first)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (value, stats, grads))
+    return jax.lax.scan(add, zeros, parts)[0]
+
+
+def apply_gradients(
+    state: TrainState, grads: nnx.State, optimizer: optax.GradientTransformation
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One optimizer step, and `grad_norm` and `skipped_updates` (so far, for a gradient that was not finite)."""
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
+    trainable = optax.apply_updates(state.trainable, updates)
+    metrics = {"grad_norm": optax.global_norm(grads), "skipped_updates": opt_state.total_notfinite}
+    return state._replace(step=state.step + 1, trainable=trainable, opt_state=opt_state), metrics
