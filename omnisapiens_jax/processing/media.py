@@ -31,7 +31,7 @@ def decode_audio(source: Source, *, seconds: float, name: str = "audio") -> np.n
     WAV, FLAC, OGG and MP3 go through libsndfile, everything else (and the sound track of a video) through FFmpeg.
     Raises MediaError: missing, empty, undecodable, not finite, or too short to give one token (3 mel frames, 20 ms).
     """
-    name, raw = _name(source, name), _open(source, name)
+    name, raw = _open(source, name)
     try:
         with soundfile.SoundFile(raw) as file:
             rate = file.samplerate
@@ -56,9 +56,9 @@ def decode_audio(source: Source, *, seconds: float, name: str = "audio") -> np.n
 
 def has_audio(source: Source, *, name: str = "video") -> bool:
     """Whether a container has a sound track."""
-    name = _name(source, name)
+    name, raw = _open(source, name)
     try:
-        with av.open(_open(source, name), "r") as container:
+        with av.open(raw, "r") as container:
             return bool(container.streams.audio)
     except av.error.FFmpegError as reason:
         raise MediaError(name, f"not a readable media file ({reason})") from reason
@@ -70,7 +70,7 @@ def decode_video(source: Source, *, frames: int, name: str = "video") -> np.ndar
     Frames are read in order and only the wanted ones are converted and kept. Raises MediaError: missing, empty, no video stream,
     undecodable, or cut off (fewer frames than the header promises).
     """
-    name, raw = _name(source, name), _open(source, name)
+    name, raw = _open(source, name)
     try:
         total = _count_frames(raw, name)
         wanted = frame_indices(total, frames)
@@ -90,9 +90,9 @@ def decode_video(source: Source, *, frames: int, name: str = "video") -> np.ndar
 
 def decode_image(source: Source, *, name: str = "image") -> np.ndarray:
     """A picture as RGB `[1, H, W, 3]` uint8. Raises MediaError when it is missing, empty or undecodable."""
-    name = _name(source, name)
+    name, raw = _open(source, name)
     try:
-        with Image.open(_open(source, name)) as image:
+        with Image.open(raw) as image:
             return np.asarray(image.convert("RGB"))[None]
     except (OSError, SyntaxError, ValueError) as reason:  # Pillow raises all three for broken files
         raise MediaError(name, f"not a readable image ({reason})") from reason
@@ -100,7 +100,7 @@ def decode_image(source: Source, *, name: str = "image") -> np.ndarray:
 
 def video_shape(source: Source, *, frames: int, name: str = "video") -> tuple[int, int, int]:
     """Shape (n, height, width) that `decode_video` gives, without decoding."""
-    name, raw = _name(source, name), _open(source, name)
+    name, raw = _open(source, name)
     try:
         total = _count_frames(raw, name)
         raw.seek(0)
@@ -113,9 +113,9 @@ def video_shape(source: Source, *, frames: int, name: str = "video") -> tuple[in
 
 def image_shape(source: Source, *, name: str = "image") -> tuple[int, int, int]:
     """Shape (1, height, width) that `decode_image` gives, without decoding."""
-    name = _name(source, name)
+    name, raw = _open(source, name)
     try:
-        with Image.open(_open(source, name)) as image:
+        with Image.open(raw) as image:
             return 1, image.height, image.width
     except (OSError, SyntaxError, ValueError) as reason:
         raise MediaError(name, f"not a readable image ({reason})") from reason
@@ -130,7 +130,7 @@ def _count_frames(raw: io.BytesIO, name: str) -> int:
     """Number of coded pictures, from the packets alone: headers may be silent, and a file that was cut off still promises them all."""
     with av.open(raw, "r") as container:
         if not container.streams.video:
-            raise MediaError(name, "has no video stream")
+            raise MediaError(name, "has no video stream, or is cut off before its index")
         stream = container.streams.video[0]
         total = sum(1 for packet in container.demux(stream) if packet.size and not packet.is_discard)
         if total < stream.frames:
@@ -163,16 +163,16 @@ def _decode_sound_track(raw: io.BytesIO, seconds: float, name: str) -> tuple[np.
         raise MediaError(name, f"not a readable audio file ({reason})") from reason
 
 
-def _name(source: Source, name: str) -> str:
-    return f"{name} ({source})" if isinstance(source, Path) else f"{name} ({len(source)} bytes)"
-
-
-def _open(source: Source, name: str) -> io.BytesIO:
+def _open(source: Source, name: str) -> tuple[str, io.BytesIO]:
+    """The full name of an item, for messages, and its bytes."""
     if isinstance(source, Path):
+        name = f"{name} ({source})"
         try:
             source = source.read_bytes()
         except OSError as reason:
             raise MediaError(name, f"cannot be read ({reason.strerror})") from reason
+    else:
+        name = f"{name} ({len(source)} bytes)"
     if not source:
         raise MediaError(name, "is empty")
-    return io.BytesIO(source)
+    return name, io.BytesIO(source)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -54,13 +55,19 @@ def wav() -> Callable[..., bytes]:
 def mp4() -> Callable[..., bytes]:
     def make(frames: int = 20, width: int = 96, height: int = 64, sound: float = 0.0, faststart: bool = False) -> bytes:
         """A clip at 10 frames a second whose brightness is `10 * frame`; with `sound` seconds of AAC tone."""
-        file = io.BytesIO()
-        with av.open(file, "w", format="mp4", options={"movflags": "faststart"} if faststart else {}) as container:
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "clip.mp4"
+            write(file, frames, width, height, sound, faststart)
+            return file.read_bytes()
+
+    def write(file: Path, frames: int, width: int, height: int, sound: float, faststart: bool) -> None:
+        with av.open(str(file), "w", format="mp4", options={"movflags": "faststart"} if faststart else {}) as container:
             video = container.add_stream("libx264", rate=10, options={"crf": "1"})
             video.width, video.height, video.pix_fmt = width, height, "yuv420p"
             audio = container.add_stream("aac", rate=16000, layout="mono") if sound else None
+            noise = np.random.default_rng(0).integers(-5, 6, (height, width, 3))
             for index in range(frames):
-                picture = np.full((height, width, 3), 10 * index % 250, np.uint8)
+                picture = np.clip(noise + 10 * index % 250, 0, 255).astype(np.uint8)
                 container.mux(video.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
             container.mux(video.encode())
             if audio is not None:
@@ -69,8 +76,5 @@ def mp4() -> Callable[..., bytes]:
                 frame.sample_rate = 16000
                 container.mux(audio.encode(frame))
                 container.mux(audio.encode())
-        return file.getvalue()
 
     return make
-
-

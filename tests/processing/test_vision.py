@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -25,7 +27,13 @@ def picture(height: int, width: int, seed: int = 0) -> np.ndarray:
 
 @pytest.mark.oracle
 def test_patches_equal_transformers_within_a_grey_level():
-    sizes = {"image_shrunk": (480, 640), "image_grown": (20, 31), "image_exact": (112, 140), "image_halves": (70, 98), "image_long": (30, 500)}
+    sizes = {
+        "image_shrunk": (480, 640),
+        "image_grown": (20, 31),
+        "image_exact": (112, 140),
+        "image_halves": (70, 98),
+        "image_long": (30, 500),
+    }
     pictures = {name: picture(*size) for name, size in sizes.items()}
     theirs = run_oracle("extractors", **BOUNDS, **pictures)
     level = 1 / 255 / STD.min()
@@ -84,8 +92,6 @@ def test_extreme_shapes_are_refused():
     grids=st.lists(st.tuples(st.integers(1, 3), st.integers(1, 7), st.integers(1, 7)), max_size=3), side=st.sampled_from([28, 56, 112, 168])
 )
 def test_windows_hold_every_patch_once_in_the_published_order(grids: list[tuple[int, int, int]], side: int):
-    import dataclasses
-
     config = dataclasses.replace(PRESETS["mini"].vision, window_size=side, in_channels=1, patch_size=14, temporal_patch_size=1)
     cells = side // 28
     items, number = [], 0
@@ -101,7 +107,7 @@ def test_windows_hold_every_patch_once_in_the_published_order(grids: list[tuple[
     assert (names[~layout.mask] == 0).all()
 
     frame = token = 0
-    for (values, (steps, h, w)), (_, rows, columns) in zip(items, grids, strict=True):
+    for (values, _), (steps, rows, columns) in zip(items, grids, strict=True):
         for step in range(steps):
             window = 0
             reading = {}
