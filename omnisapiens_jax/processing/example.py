@@ -271,9 +271,7 @@ def _build_prompt(
     order = chat.media_order(messages)
     places = np.flatnonzero(np.isin(text, (ids.audio, ids.image, ids.video)))
     if len(places) != len(order):
-        raise ValueError(
-            f"{name}: the text itself holds {len(places) - len(order)} literal media placeholder token(s), which have no media"
-        )
+        raise ValueError(f"{name}: the text itself holds {len(places) - len(order)} literal placeholder token(s) without media")
 
     audio_tokens: list[int] = []
     grids: dict[str, list[Grid]] = {"image": [], "video": []}
