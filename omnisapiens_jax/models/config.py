@@ -117,7 +117,7 @@ class ThinkerConfig:
     tokens: TokenIds = TokenIds()
     tie_head: bool = False
     position_id_per_seconds: int = 25
-    seconds_per_chunk: float = 2.0
+    seconds_per_chunk: int = 2
 
     def __post_init__(self) -> None:
         for tower, width in (("audio", self.audio.output_dim), ("vision", self.vision.out_hidden_size)):

@@ -1,0 +1,134 @@
+"""transformers' thinker on one checkpoint: forward, positions, greedy continuation, and loss with gradients under peft's LoRA.
+
+Arguments are named `case/argument`, answers `case/attention/value`; attention is `eager` or `sdpa`.
+"""
+
+import json
+import re
+
+import numpy as np
+import torch
+from _serve import serve
+from peft import LoraConfig, get_peft_model
+from transformers import GenerationConfig, Qwen2_5OmniThinkerForConditionalGeneration
+
+GREEDY = 16
+
+
+def load(folder: str, attention: str) -> Qwen2_5OmniThinkerForConditionalGeneration:
+    """The checkpoint, nothing missing and nothing unknown."""
+    model, report = Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(
+        folder, attn_implementation=attention, dtype=torch.float32, output_loading_info=True
+    )
+    problems = {kind: sorted(names) for kind, names in report.items() if names}
+    if problems:
+        raise ValueError(f"transformers does not find its own tensors: {problems}")
+    for part in (model.model.audio_tower, model.model.visual, model.model.language_model):
+        assert part.config._attn_implementation == attention, (type(part), part.config._attn_implementation)
+    return model.eval()
+
+
+def tensors(arrays: dict[str, np.ndarray]) -> dict[str, torch.Tensor | bool]:
+    """Arguments of the forward."""
+    arguments = {name: torch.from_numpy(np.asarray(value)) for name, value in arrays.items()}
+    arguments = {name: value.long() if value.dtype == torch.int32 else value for name, value in arguments.items()}
+    return {name: bool(value) if name == "use_audio_in_video" else value for name, value in arguments.items()}
+
+
+@torch.no_grad()
+def forward(model: Qwen2_5OmniThinkerForConditionalGeneration, given: dict) -> dict[str, np.ndarray]:
+    """Logits, hidden states and what each encoder puts out, in reading order."""
+    out = model(**given, output_hidden_states=True)
+    answer = {"logits": out.logits, "last": out.hidden_states[-1], "penultimate": out.hidden_states[-2], "loss": out.loss}
+    if "input_features" in given:
+        answer["audio"] = model.get_audio_features(given["input_features"], given["feature_attention_mask"]).last_hidden_state
+    if "pixel_values" in given:
+        answer["image"] = torch.cat(model.get_image_features(given["pixel_values"], given["image_grid_thw"]).pooler_output)
+    if "pixel_values_videos" in given:
+        answer["video"] = torch.cat(model.get_video_features(given["pixel_values_videos"], given["video_grid_thw"]).pooler_output)
+    return {name: value.numpy() for name, value in answer.items()}
+
+
+def positions(model: Qwen2_5OmniThinkerForConditionalGeneration, given: dict) -> dict[str, np.ndarray]:
+    """Position ids `[3, B, T]` and rope deltas `[B, 1]`."""
+    mask = given.get("feature_attention_mask")
+    ids, deltas = model.model.get_rope_index(
+        given["input_ids"],
+        given.get("image_grid_thw"),
+        given.get("video_grid_thw"),
+        given["attention_mask"],
+        given.get("use_audio_in_video", False),
+        None if mask is None else mask.sum(-1),
+        given.get("video_second_per_grid"),
+    )
+    return {"positions": ids.numpy(), "deltas": deltas.numpy()}
+
+
+@torch.no_grad()
+def greedy(model: Qwen2_5OmniThinkerForConditionalGeneration, given: dict) -> dict[str, np.ndarray]:
+    """The next tokens, stopping at none, and how far the best was ahead of the second at each step."""
+    lengths = given["attention_mask"].sum(-1)
+    if not bool((given["attention_mask"][:, -1] == 1).all()):
+        raise ValueError("generation wants its rows padded on the left")
+    settings = GenerationConfig(max_new_tokens=GREEDY, do_sample=False, eos_token_id=None, pad_token_id=0, output_logits=True)
+    prompt = {name: value for name, value in given.items() if name != "labels"}
+    out = model.generate(**prompt, generation_config=settings, return_dict_in_generate=True)
+    best = torch.stack(out.logits, 1).topk(2, dim=-1).values
+    assert lengths.min() > 0
+    return {"greedy": out.sequences[:, given["input_ids"].shape[1] :].numpy(), "margin": (best[..., 0] - best[..., 1]).numpy()}
+
+
+def gradients(folder: str, attention: str, factors: dict[str, np.ndarray], scale: float, given: dict) -> dict[str, np.ndarray]:
+    """Loss, and its gradient for every parameter and both factors of every adapter, by the names on disk."""
+    in_memory = {_on_disk(name): name for name, _ in load(folder, attention).named_modules()}
+    targets = sorted(in_memory[name.split("/")[0]] for name in factors)
+    rank = next(iter(factors.values())).shape[0]
+    model = get_peft_model(
+        load(folder, attention),
+        LoraConfig(r=rank, lora_alpha=scale * rank, lora_dropout=0.0, target_modules="|".join(map(re.escape, dict.fromkeys(targets)))),
+    )
+    parameters = {_on_disk(name): value for name, value in model.named_parameters()}
+    adapters = {name: value for name, value in parameters.items() if "/lora_" in name}
+    if adapters.keys() != factors.keys():
+        raise ValueError(f"peft adapts {sorted(adapters)}, asked were {sorted(factors)}")
+    for name, value in adapters.items():
+        value.data = torch.from_numpy(factors[name])
+    for value in parameters.values():
+        value.requires_grad_(True)
+    out = model(**given)
+    out.loss.backward()
+    missing = [name for name, value in parameters.items() if value.grad is None]
+    answer = {f"grad/{name}": value.grad.numpy() for name, value in parameters.items() if value.grad is not None}
+    return answer | {"loss": out.loss.detach().numpy(), "without_gradient": np.array(missing)}
+
+
+def _on_disk(name: str) -> str:
+    """A module's or parameter's name as the file has it; a LoRA factor of module `x` is `x/lora_A`."""
+    name = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+    name = re.sub(r"\.(lora_[AB])\.default\.weight$", r"/\1", name)
+    return name.replace("model.language_model.", "model.").replace("model.audio_tower.", "audio_tower.").replace("model.visual.", "visual.")
+
+
+def run(folder: str, cases: list, gradient_cases: list, lora_scale: float = 1.0, **arrays: np.ndarray) -> dict[str, np.ndarray]:
+    torch.manual_seed(0)
+    factors = {name.removeprefix("lora/"): value for name, value in arrays.items() if name.startswith("lora/")}
+    answer = {}
+    for attention in ("eager", "sdpa"):
+        model = load(folder, attention)
+        for case in cases:
+            given = tensors({name.split("/", 1)[1]: value for name, value in arrays.items() if name.startswith(f"{case}/")})
+            found = forward(model, given) | positions(model, given)
+            if bool((given["attention_mask"][:, -1] == 1).all()):
+                found |= greedy(model, given)
+            answer |= {f"{case}/{attention}/{name}": value for name, value in found.items()}
+    for case in gradient_cases:
+        given = tensors({name.split("/", 1)[1]: value for name, value in arrays.items() if name.startswith(f"{case}/")})
+        for attention in ("eager", "sdpa"):
+            found = gradients(folder, attention, factors, lora_scale, given)
+            answer |= {f"{case}/{attention}/lora/{name}": value for name, value in found.items()}
+    answer["config"] = np.array(json.dumps(model.config.to_dict(), default=str))
+    return answer
+
+
+if __name__ == "__main__":
+    serve(run)
