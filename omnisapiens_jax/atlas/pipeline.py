@@ -57,7 +57,7 @@ class Pipeline:
         self._config, self._recipe = config, recipe
         index = planner.index
         excess = {int(i): int(e) for i, e in zip(index.ids, index.excess, strict=True) if e}
-        self._load = _Load(source, recipe, excess, config)
+        self._load = _Load(source, recipe, excess, config.cache_bytes)
 
     def batches(self, start: int, stop: int) -> Iterator[tuple[int, Batch]]:
         """(step, batch) for global steps `start` to `stop - 1`.
@@ -79,7 +79,9 @@ class Pipeline:
             ahead = self._config.ahead if self._config.threads else 0
             loaded = dataset.to_iter_dataset(grain.ReadOptions(num_threads=self._config.threads, prefetch_buffer_size=ahead))
         for step, (batch, faults) in enumerate(loaded, start=start):
-            for fault in faults:
+            for fault in faults:  # workers report, this process decides
+                if self._config.on_error == "raise":
+                    raise fault
                 self.faults.add(fault)
             yield step, batch
 
@@ -103,11 +105,11 @@ class _Steps:
 
 
 class _Load:
-    """A step `[slots]` -> (batch, faults)."""
+    """A step `[slots]` -> (batch, faults): the slots of unusable rows are masked."""
 
-    def __init__(self, source: Source, recipe: Recipe, excess: dict[int, int], config: PipelineConfig) -> None:
-        self._source, self._recipe, self._excess, self._policy = source, recipe, excess, config.on_error
-        self._cache = _Cache(config.cache_bytes)
+    def __init__(self, source: Source, recipe: Recipe, excess: dict[int, int], cache_bytes: int) -> None:
+        self._source, self._recipe, self._excess = source, recipe, excess
+        self._cache = _Cache(cache_bytes)
 
     def __call__(self, step: Step) -> tuple[Batch, list[SampleError]]:
         examples: list[Example | None] = []
@@ -116,8 +118,6 @@ class _Load:
             try:
                 examples.append(None if i == MASKED else self._example(i, step.bucket))
             except SampleError as error:
-                if self._policy == "raise":
-                    raise
                 faults.append(error)
                 examples.append(None)
         return self._collate(examples, step), faults

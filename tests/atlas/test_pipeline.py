@@ -10,7 +10,8 @@ from omnisapiens_jax.atlas.bucketing import SlotCost, choose_buckets
 from omnisapiens_jax.atlas.lengths import length_index
 from omnisapiens_jax.atlas.pipeline import Pipeline, PipelineConfig
 from omnisapiens_jax.atlas.plan import MASKED, PlanConfig, Planner
-from omnisapiens_jax.atlas.recipe import target_text
+from omnisapiens_jax.atlas.recipe import Recipe, target_text
+from omnisapiens_jax.atlas.schema import SampleError
 from omnisapiens_jax.atlas.sources import open_source
 from tests.atlas.toys import CONFIG, recipe, write_atlas
 
@@ -51,7 +52,7 @@ def test_an_epoch_feeds_every_sample_with_its_own_media(atlas, mode):
 
 def test_a_run_resumes_at_any_step_with_the_identical_remainder(atlas):
     whole = dict(make(atlas).batches(0, 25))  # more than two epochs
-    assert 25 > 2 * make(atlas).planner.steps_per_epoch
+    assert 2 * make(atlas).planner.steps_per_epoch < 25
     for start in (1, 9, 20):
         rest = dict(make(atlas).batches(start, 25))
         assert list(rest) == list(range(start, 25))
@@ -63,6 +64,15 @@ def test_a_run_resumes_at_any_step_with_the_identical_remainder(atlas):
 def test_threads_and_cache_change_nothing(atlas, how):
     for (_, a), (_, b) in itertools.zip_longest(make(atlas).batches(0, 20), make(atlas, how).batches(0, 20)):
         same(a, b)
+
+
+@pytest.mark.slow
+def test_a_fault_in_a_worker_process_is_the_same_error_and_stops_the_run(tmp_path):
+    path = write_atlas(tmp_path, count=9)
+    pipeline = make(path, PipelineConfig(workers=2))
+    (tmp_path / "audio/4.wav").unlink()
+    with pytest.raises(SampleError, match="row 4.*audios.*No such file"):
+        list(pipeline.batches(0, 12))
 
 
 @pytest.mark.slow
@@ -91,10 +101,8 @@ def test_the_cache_keeps_within_its_bound(atlas):
 
 def test_a_cached_sample_is_decoded_once(atlas, monkeypatch):
     pipeline = make(atlas, PipelineConfig(cache_bytes=2**28, threads=0))
-    built = []
-    monkeypatch.setattr(
-        type(pipeline._recipe), "build", lambda self, s, e, real=type(pipeline._recipe).build: built.append(s.id) or real(self, s, e)
-    )
+    built, real = [], Recipe.build
+    monkeypatch.setattr(Recipe, "build", lambda self, sample, excess: built.append(sample.id) or real(self, sample, excess))
     list(pipeline.batches(0, 3 * pipeline.planner.steps_per_epoch))
     assert sorted(built) == list(range(30))
 

@@ -130,7 +130,7 @@ def test_few_buckets_waste_little(mode):
     plan = PlanConfig(batch_size=4, mode=mode)
     buckets = choose_buckets(index, plan, COST)
     whole = Bucket.covering(Bucket(*size) for size in index.sizes.tolist())
-    assert len(buckets) <= 8 and (mode == "homogeneous" or buckets[-1].holds(whole))
+    assert 0 < len(buckets) <= 8 and (mode == "homogeneous" or buckets[-1].holds(whole))
     prices = COST(np.array([list(vars(b).values()) for b in buckets]))
     assert (np.diff(prices) >= 0).all()
     waste, alone = (padding_share(Planner(index, shapes, plan).epoch(0), index, COST) for shapes in (buckets, (whole,)))
