@@ -19,7 +19,7 @@ LENGTHS = (8, 64, 256)
 """Tokens a text is padded to: a label, a sentence, and the most the model reads."""
 
 _TOKENS = 256
-"""Tokens of one device call: 32 labels, 4 sentences or 1 long text. Twice as many are no faster per token, and waste more on the last call."""
+"""Tokens of one device call: 32 labels, 4 sentences or 1 long text. More are no faster per token, and waste more on the last call."""
 
 _REMEMBERED = 16384
 
