@@ -11,6 +11,7 @@ import av.error
 import numpy as np
 import soundfile
 import soxr
+from av.video.reformatter import VideoReformatter
 from PIL import Image
 
 from omnisapiens_jax.processing.audio import SAMPLE_RATE, audio_token_count, mel_frames
@@ -76,9 +77,10 @@ def decode_video(source: Source, *, frames: int, name: str = "video") -> np.ndar
         wanted = frame_indices(total, frames)
         raw.seek(0)
         kept: list[np.ndarray] = []
+        to_rgb = VideoReformatter()  # one for all frames: setting up the conversion costs more than a small frame's own
         for index, frame in enumerate(_frames(raw)):
             if index == wanted[len(kept)]:
-                kept.append(frame.to_ndarray(format="rgb24"))
+                kept.append(to_rgb.reformat(frame, format="rgb24", threads=1).to_ndarray())
                 if len(kept) == len(wanted):
                     break
     except av.error.FFmpegError as reason:
@@ -142,7 +144,9 @@ def _count_frames(raw: io.BytesIO, name: str) -> int:
 
 def _frames(raw: io.BytesIO) -> Iterator[av.VideoFrame]:
     with av.open(raw, "r") as container:
-        yield from container.decode(container.streams.video[0])
+        stream = container.streams.video[0]
+        stream.thread_count = 1  # samples are what is worked on in parallel
+        yield from container.decode(stream)
 
 
 def _decode_sound_track(raw: io.BytesIO, seconds: float, name: str) -> tuple[np.ndarray, int]:

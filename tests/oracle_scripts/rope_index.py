@@ -9,7 +9,7 @@ from transformers.models.qwen2_5_omni.modeling_qwen2_5_omni import Qwen2_5OmniPr
 
 
 def run(rows: list[dict], ids: dict[str, int], seconds_per_chunk: float) -> dict[str, np.ndarray]:
-    """`rows`: tokens, mel_frames of every clip, grids, seconds_per_grid, sound (use_audio_in_video). Gives `positions{i}` and `delta{i}`."""
+    """`rows`: tokens, mel_frames of every clip, grids, seconds_per_grid, sound (use_audio_in_video). Gives `positions{i}`, `delta{i}`."""
     config = types.SimpleNamespace(
         image_token_id=ids["image"],
         video_token_id=ids["video"],

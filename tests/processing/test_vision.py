@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import pytest
@@ -35,7 +36,8 @@ def test_patches_equal_transformers_within_a_grey_level():
         "image_long": (30, 500),
     }
     pictures = {name: picture(*size) for name, size in sizes.items()}
-    theirs = run_oracle("extractors", **BOUNDS, **pictures)
+    arguments: dict[str, Any] = BOUNDS | pictures
+    theirs = run_oracle("extractors", **arguments)
     level = 1 / 255 / STD.min()
     worst = 0.0
     for name, pixels in pictures.items():
