@@ -28,20 +28,21 @@ class Source(Protocol):
 
 
 def open_source(path: str | Path) -> Source:
-    """The source at a path: a `.jsonl` file, a `.parquet` file, or a directory of parquet shards."""
+    """The source at a path: a `.jsonl` or `.parquet` file, or a split without the ending.
+
+    `DIR/train` means `DIR/train.jsonl`, `DIR/train.parquet` or the shards `DIR/train-*.parquet`, the first that there is.
+    """
     path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"no atlas at {path}: expected a .jsonl file, a .parquet file or a directory of .parquet shards")
-    if path.is_dir():
-        shards = sorted(path.glob("*.parquet"))
-        if not shards:
-            raise FileNotFoundError(f"{path} holds no .parquet shard; name the .jsonl file itself if that is what you have")
-        return ParquetSource(shards)
-    if path.suffix == ".jsonl":
-        return JsonlSource(path)
-    if path.suffix == ".parquet":
-        return ParquetSource([path])
-    raise ValueError(f"{path} is neither .jsonl nor .parquet")
+    for lines in (path, path.with_name(f"{path.name}.jsonl")):
+        if lines.is_file() and lines.suffix == ".jsonl":
+            return JsonlSource(lines)
+    for shards in ([path], [path.with_name(f"{path.name}.parquet")], sorted(path.parent.glob(f"{path.name}-*.parquet"))):
+        if shards and all(shard.is_file() and shard.suffix == ".parquet" for shard in shards):
+            return ParquetSource(shards)
+    raise FileNotFoundError(
+        f"no atlas at {path}: expected a .jsonl or .parquet file, or a split's name, of which {path.parent} holds the file "
+        f"{path.name}.jsonl, {path.name}.parquet or shards {path.name}-*.parquet"
+    )
 
 
 class JsonlSource:

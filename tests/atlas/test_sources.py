@@ -52,7 +52,7 @@ def parquet(tmp_path):
     table = [{**row, "audios": [b"RIFF" + bytes([i])]} for i, row in enumerate(rows(23))]
     pq.write_table(pa.Table.from_pylist(table[:14], schema=schema), folder / "train-00000-of-00002.parquet", row_group_size=4)
     pq.write_table(pa.Table.from_pylist(table[14:], schema=schema), folder / "train-00001-of-00002.parquet", row_group_size=5)
-    return folder
+    return folder / "train"
 
 
 def test_both_kinds_hold_the_same_rows(jsonl, parquet):
@@ -72,7 +72,7 @@ def test_sources_travel_to_workers(jsonl, parquet):
 
 
 def test_media_of_few_row_groups_stay_in_memory(parquet):
-    source = ParquetSource(sorted(parquet.glob("*.parquet")), cached_groups=2)
+    source = ParquetSource(sorted(parquet.parent.glob("*.parquet")), cached_groups=2)
     assert [source[i].id for i in range(23)] == list(range(23))
     assert len(source._heavy) == 2
 
@@ -84,8 +84,17 @@ def test_rows_outside_and_files_that_are_not_there(jsonl, tmp_path):
         open_source(jsonl)[-1]
     with pytest.raises(FileNotFoundError, match="no atlas at"):
         open_source(tmp_path / "nothing.jsonl")
-    with pytest.raises(FileNotFoundError, match="no .parquet shard"):
+    with pytest.raises(FileNotFoundError, match=r"the file audio.jsonl, audio.parquet or shards audio-"):
         open_source(tmp_path / "audio")
+
+
+def test_a_split_is_found_by_its_name(jsonl, parquet, tmp_path):
+    assert open_source(tmp_path / "train")[3] == open_source(jsonl)[3]
+    assert len(open_source(parquet.parent / "train-00001-of-00002.parquet")) == 9
+    pq.write_table(pq.read_table(parquet.parent / "train-00001-of-00002.parquet"), tmp_path / "test.parquet")
+    (parquet.parent / "test-00000-of-00001.parquet").write_bytes((tmp_path / "test.parquet").read_bytes())
+    assert len(open_source(tmp_path / "test")) == len(open_source(parquet.parent / "test")) == 9
+    assert len(open_source(parquet)) == 23  # the shards of another split beside them do not count
 
 
 def test_a_broken_line_is_an_error_of_that_row_only(jsonl):
@@ -101,5 +110,5 @@ def test_fingerprints_follow_the_content(jsonl, parquet):
     before = open_source(jsonl).fingerprint(), open_source(parquet).fingerprint()
     assert before == (open_source(jsonl).fingerprint(), open_source(parquet).fingerprint())
     jsonl.write_text(jsonl.read_text().replace("sad", "mad", 1))
-    (parquet / "train-00001-of-00002.parquet").unlink()
+    (parquet.parent / "train-00001-of-00002.parquet").unlink()
     assert open_source(jsonl).fingerprint() != before[0] and open_source(parquet).fingerprint() != before[1]

@@ -25,6 +25,7 @@ SENTI = np.array([0, 3, 4, 6, 5, 1, 2, 3, 0, 11]), np.array([0, 2, 4, 5, 6, 1, 1
 EMOTION = np.array([7, 11, 11, 13, 10, 14]), np.array([7, 10, 11, 13, 14, 7])
 PTSD = np.array([15, 16, 16, 15]), np.array([15, 15, 16, 16])
 UNDEFINED: Any = {"zero_division": 0}  # scikit-learn's stubs only know its string values
+PER_CLASS: Any = {"average": None}
 SARCASM = np.array([21, 22, 22]), np.array([21, 22, 21])
 
 
@@ -72,7 +73,7 @@ def test_averages_equal_scikit_learn_over_the_gold_classes(pair):
         close(ours, **{f"{average}_{name}": value for name, value in zip(("precision", "recall", "f1"), theirs, strict=False)})
     assert ours["accuracy"] == pytest.approx(sk.accuracy_score(golds, predictions))
     assert list(class_f1(golds, predictions).values()) == pytest.approx(
-        sk.f1_score(golds, predictions, labels=labels, average=None, **UNDEFINED)
+        sk.f1_score(golds, predictions, labels=labels, **UNDEFINED, **PER_CLASS)
     )
     matrix = sk.confusion_matrix(golds, np.where(predictions > 4, -1, predictions), labels=[0, 1, 2, 3, 4, -1])
     np.testing.assert_array_equal(confusion_matrix(golds, predictions, range(5)), matrix[:5])
