@@ -49,10 +49,10 @@ CONSTRAINED = $$($(PY) -c 'import sys; print("--constraint=constraints.txt" if s
 	@$(FIND_PYTHON); echo "Making .venv with $$($$python --version)"; $$python -m venv --clear .venv
 	@touch $@
 
-.venv/.run: .venv/.made pyproject.toml constraints.txt embedder-requirements.txt
+.venv/.run: .venv/.made pyproject.toml constraints.txt
 	@echo "Installing omnisapiens-jax and its libraries into .venv (once; about 1.3 GB, a minute or two)"
 	@$(PY) $(INSTALL) $(CONSTRAINED) --editable '.[atlas]'
-	@$(PY) $(INSTALL) --no-deps --require-hashes --requirement embedder-requirements.txt
+	@$(PY) $(INSTALL) --no-deps --require-hashes --requirement
 	@touch $@
 
 .venv/.test: .venv/.run

@@ -17,6 +17,7 @@ PACKAGE = "omnisapiens_jax"
 ROOMS = (
     "__init__",
     "resources",
+    "defaults",
     "parallel",
     "models",
     "processing",
@@ -31,7 +32,7 @@ ROOMS = (
     "main",
 )
 # What a room may import beyond the standard library, numpy and lower rooms; a room that is not here may import any dependency.
-LIBRARIES = {"resources": set[str](), "models": {"jax", "flax"}}
+LIBRARIES = {"resources": set[str](), "defaults": {"ml_collections"}, "models": {"jax", "flax"}}
 DEVICE = {"jax", "jaxlib", "flax", "optax", "orbax", "chex"}
 FOREIGN = {"torch", "tensorflow", "transformers", "peft"}  # the core runs without them
 OUTSIDE = {"configs", "data", "tools", "benchmarks", "notebooks", "tests"}  # what stands above the package
