@@ -97,11 +97,10 @@ class Linear(nnx.Module):
         self.bias = build.param(nnx.initializers.zeros, rngs, shape[1:], names[1:]) if bias else None
         lora = build.lora_on(name)
         self.lora_scale = lora.scale if lora else 0.0
-        self.lora_a = self.lora_b = None
-        if lora:
-            uniform = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # Kaiming with a = sqrt(5), as in the original LoRA
-            self.lora_a = build.param(uniform, rngs, (shape[0], lora.rank), (names[0], None), LoraParam)
-            self.lora_b = build.param(nnx.initializers.zeros, rngs, (lora.rank, shape[1]), (None, names[1]), LoraParam)
+        # Kaiming uniform with a = sqrt(5) and zeros, as in the original LoRA. (One assignment each: nnx fixes what kind an attribute is.)
+        uniform = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+        self.lora_a = build.param(uniform, rngs, (shape[0], lora.rank), (names[0], None), LoraParam) if lora else None
+        self.lora_b = build.param(nnx.initializers.zeros, rngs, (lora.rank, shape[1]), (None, names[1]), LoraParam) if lora else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """`[..., in]` -> `[..., out]`."""
