@@ -117,6 +117,15 @@ def test_a_long_transcript_is_shortened_counted_and_nothing_else_is_cut(atlas):
     assert heard == len(example.audio_pairs) > 0 and seen == example.patch_mask.sum() // 4 > 0
 
 
+def test_the_pipeline_feeds_the_shortened_transcript(atlas):
+    edit_row(atlas, BAD, problem=f"Transcript: {words(400)}\nWhich of anger, sad?")
+    source, how, config = open_source(atlas), recipe(), PlanConfig(batch_size=2)
+    index, _ = length_index(source, how, on_error="raise")
+    planner = Planner(index, choose_buckets(index, config, SlotCost.of(CONFIG)), config)
+    fed = [i for _, batch in Pipeline(source, how, planner, PipelineConfig()).batches(0, planner.steps_per_epoch) for i in batch["index"]]
+    assert BAD in fed and max(bucket.tokens for bucket in planner.buckets) <= how.max_tokens
+
+
 def test_the_report_counts_all_and_shows_the_first(atlas):
     for row in range(9):
         edit_row(atlas, row, modality_signature=" ")
