@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -80,6 +82,14 @@ def test_equal_to_transformers_on_random_layouts():
     with_sound = [row for row in rows if row["sound"] and row["video_grids"]]
     assert len(with_sound) > 50
     assert any(row["seconds_per_grid"][0] > 4 for row in with_sound), "no step jumped over a whole chunk"
+
+
+def test_equal_to_the_stored_positions():
+    with np.load(Path(__file__).parents[1] / "golden" / "positions.npz") as golden:
+        for number, row in enumerate(json.loads(str(golden["rows"]))):
+            positions, delta = ours(row)
+            np.testing.assert_array_equal(positions, golden[f"positions{number}"], err_msg=str(row))
+            assert delta == golden[f"delta{number}"]
 
 
 @pytest.mark.oracle
