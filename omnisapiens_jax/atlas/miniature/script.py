@@ -112,7 +112,7 @@ def split_sizes(samples: int) -> dict[str, int]:
 def write_script(samples: int, seed: int) -> dict[str, list[Row]]:
     """All rows of the three splits. Within a dataset of a split, answers are as even as the count allows."""
     if samples < 3 * len(DATASETS) * 4:
-        raise ValueError(f"samples is {samples}; the miniature atlas needs at least {3 * len(DATASETS) * 4} to fill its splits")
+        raise ValueError(f"samples is {samples}; the miniature atlas needs at least {3 * len(DATASETS) * 4}")
     return {
         split: _write_split(split, size, np.random.default_rng([seed, number]))
         for number, (split, size) in enumerate(split_sizes(samples).items())
