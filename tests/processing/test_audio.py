@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +14,8 @@ from omnisapiens_jax.models.config import PRESETS
 from omnisapiens_jax.processing.audio import MAX_SAMPLES, audio_token_count, layout_audio, log_mel, mel_frames
 from omnisapiens_jax.processing.media import decode_audio
 from tests.oracle import run_oracle
+
+REAL = Path(__file__).parents[2] / "data" / "real"
 
 
 @pytest.mark.oracle
@@ -29,6 +32,7 @@ def test_log_mel_equals_whispers(wav):
         "audio_click": click,
         "audio_tiny": rng.standard_normal(330).astype(np.float32),
     }
+    clips |= {f"audio_{name}": decode_audio(REAL / f"{name}.wav", seconds=10) for name in ("obama_speech", "austen_0880", "ten_of_clubs")}
     theirs = run_oracle("extractors", **clips)
     worst = 0.0
     for name, clip in clips.items():

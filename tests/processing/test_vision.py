@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,9 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from omnisapiens_jax.models.config import PRESETS
+from omnisapiens_jax.processing.media import decode_image, decode_video
 from omnisapiens_jax.processing.vision import STD, grid_of, layout_vision, patchify, smart_resize, window_slots
 from tests.oracle import run_oracle
 
+REAL = Path(__file__).parents[2] / "data" / "real"
 VISION = PRESETS["7b"].vision
 BOUNDS = {"min_pixels": 56 * 56, "max_pixels": 200 * 200}
 
@@ -36,6 +39,8 @@ def test_patches_equal_transformers_within_a_grey_level():
         "image_long": (30, 500),
     }
     pictures = {name: picture(*size) for name, size in sizes.items()}
+    pictures["image_astronaut"] = decode_image(REAL / "astronaut.png")[0]
+    pictures["image_obama"] = decode_video(REAL / "obama_speech.mp4", frames=4)[2]
     arguments: dict[str, Any] = BOUNDS | pictures
     theirs = run_oracle("extractors", **arguments)
     level = 1 / 255 / STD.min()
