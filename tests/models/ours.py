@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -13,10 +14,10 @@ from flax import nnx
 
 from omnisapiens_jax.convert import huggingface
 from omnisapiens_jax.convert.checkpoint import put_params
+from omnisapiens_jax.generation.sampling import Generator, Sampling, rollout_keys
 from omnisapiens_jax.models.config import ThinkerConfig
-from omnisapiens_jax.models.decoder import KeyValue
 from omnisapiens_jax.models.layers import LoraConfig
-from omnisapiens_jax.models.thinker import Thinker, last_token, response_positions
+from omnisapiens_jax.models.thinker import Thinker
 from omnisapiens_jax.processing.example import Batch
 from tests.models import cases
 
@@ -39,7 +40,8 @@ def make(config: ThinkerConfig, params: huggingface.Params, lora: LoraConfig | N
     return made
 
 
-def _forward(model: Thinker, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+def forward(model: Thinker, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """All that is compared, in the batch's own layout."""
     hidden = model(batch)
     out = {"logits": model.logits(hidden.last), "last": hidden.last, "penultimate": hidden.penultimate}
     if batch["audio_pairs"].shape[1]:
@@ -49,34 +51,28 @@ def _forward(model: Thinker, batch: dict[str, jax.Array]) -> dict[str, jax.Array
     return out
 
 
-def _greedy(model: Thinker, batch: dict[str, jax.Array]) -> jax.Array:
-    """`[B, GREEDY]` tokens after right-padded prompts."""
-    hidden, prompt_kv = model.decoder.prefill(model.embed(batch), batch["positions"], batch["segment_ids"])
-    first = jnp.argmax(model.logits(last_token(hidden.last, batch["prompt_length"])), axis=-1)
-    layers, rows, _, heads, width = prompt_kv.key.shape
-    cache = KeyValue(*(jnp.zeros((layers, rows, GREEDY, heads, width)) for _ in range(2)))
-
-    def step(carry: tuple[jax.Array, KeyValue], index: jax.Array) -> tuple[tuple[jax.Array, KeyValue], jax.Array]:
-        token, cache = carry
-        at = response_positions(batch["prompt_length"], batch["rope_delta"], index[None])[:, 0]
-        state, cache = model.decoder.decode(model.decoder.embed(token[:, None]), at, prompt_kv, batch["segment_ids"], cache, index)
-        return (jnp.argmax(model.logits(state[:, 0]), axis=-1), cache), token
-
-    _, tokens = jax.lax.scan(step, (first, cache), jnp.arange(GREEDY))
-    return tokens.T
+@functools.cache
+def _generator(config_name: str, unroll: bool) -> Generator:
+    sampling = Sampling(rollouts=1, max_tokens=GREEDY, temperature=0.0, eos=(), pad=cases.IDS.pad)
+    return Generator(thinker(config_name), sampling, unroll=unroll)
 
 
-forward = nnx.jit(_forward)
-greedy = nnx.jit(_greedy)
+def greedy(config_name: str, case_name: str, *, unroll: bool = False) -> np.ndarray:
+    """`[rows, GREEDY]` tokens that continue the rows of a case; our prompts are padded on the right."""
+    case_name = case_name.replace("left", "right")
+    generate = _generator(config_name, unroll)
+    made = {name: jnp.asarray(value) for name, value in cases.batch(config_name, case_name).items()}
+    keys = rollout_keys(0, 0, jnp.arange(cases.ROWS), 1)
+    responses = generate(generate.view(nnx.state(thinker(config_name))), made, keys)
+    return np.asarray(responses.tokens)[: len(cases.CASES[case_name].rows), 0]
 
 
-def answers(model: Thinker, config_name: str, case_name: str, *, made: Batch | None = None) -> dict[str, np.ndarray]:
-    """What the oracle answers for a case, from our model: only real tokens `[n, ...]`, media in reading order.
+compiled_forward = nnx.jit(forward)
 
-    `made` replaces the batch, for mutations of the input.
-    """
-    made = cases.batch(config_name, case_name) if made is None else made
-    out = {name: np.asarray(value) for name, value in forward(model, {name: jnp.asarray(value) for name, value in made.items()}).items()}
+
+def answers(model: Thinker, made: Batch, *, run: Callable[..., dict[str, jax.Array]] = compiled_forward) -> dict[str, np.ndarray]:
+    """What the oracle answers, from our model: only real tokens `[n, ...]`, media in reading order. `run` is a compiled `forward`."""
+    out = {name: np.asarray(value) for name, value in run(model, {name: jnp.asarray(value) for name, value in made.items()}).items()}
     real = made["segment_ids"] == 1
     found = {name: out[name][real] for name in ("logits", "last", "penultimate")}
     rows, index = np.arange(len(made["tokens"]))[:, None], made["media_index"]

@@ -3,7 +3,6 @@
 Arguments are named `case/argument`, answers `case/attention/value`; attention is `eager` or `sdpa`.
 """
 
-import json
 import re
 
 import numpy as np
@@ -13,6 +12,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import GenerationConfig, Qwen2_5OmniThinkerForConditionalGeneration
 
 GREEDY = 16
+LORA_SCALE = 2.0
 
 
 def load(folder: str, attention: str) -> Qwen2_5OmniThinkerForConditionalGeneration:
@@ -39,7 +39,7 @@ def tensors(arrays: dict[str, np.ndarray]) -> dict[str, torch.Tensor | bool]:
 def forward(model: Qwen2_5OmniThinkerForConditionalGeneration, given: dict) -> dict[str, np.ndarray]:
     """Logits, hidden states and what each encoder puts out, in reading order."""
     out = model(**given, output_hidden_states=True)
-    answer = {"logits": out.logits, "last": out.hidden_states[-1], "penultimate": out.hidden_states[-2], "loss": out.loss}
+    answer = {"logits": out.logits, "last": out.hidden_states[-1], "penultimate": out.hidden_states[-2]}
     if "input_features" in given:
         answer["audio"] = model.get_audio_features(given["input_features"], given["feature_attention_mask"]).last_hidden_state
     if "pixel_values" in given:
@@ -78,15 +78,15 @@ def greedy(model: Qwen2_5OmniThinkerForConditionalGeneration, given: dict) -> di
     return {"greedy": out.sequences[:, given["input_ids"].shape[1] :].numpy(), "margin": (best[..., 0] - best[..., 1]).numpy()}
 
 
-def gradients(folder: str, attention: str, factors: dict[str, np.ndarray], scale: float, given: dict) -> dict[str, np.ndarray]:
+def gradients(folder: str, attention: str, factors: dict[str, np.ndarray], given: dict) -> dict[str, np.ndarray]:
     """Loss, and its gradient for every parameter and both factors of every adapter, by the names on disk."""
-    in_memory = {_on_disk(name): name for name, _ in load(folder, attention).named_modules()}
-    targets = sorted(in_memory[name.split("/")[0]] for name in factors)
-    rank = next(iter(factors.values())).shape[0]
-    model = get_peft_model(
-        load(folder, attention),
-        LoraConfig(r=rank, lora_alpha=scale * rank, lora_dropout=0.0, target_modules="|".join(map(re.escape, dict.fromkeys(targets)))),
-    )
+    model = load(folder, attention)
+    in_memory = {_on_disk(name): name for name, _ in model.named_modules()}
+    targets = sorted({in_memory[name.split("/")[0]] for name in factors})
+    rank = next(value.shape[0] for name, value in factors.items() if name.endswith("/lora_A"))
+    # Whole names: peft matches a list by suffix, and would adapt the encoders' projections of the same name too.
+    settings = LoraConfig(r=rank, lora_alpha=LORA_SCALE * rank, lora_dropout=0.0, target_modules="|".join(map(re.escape, targets)))
+    model = get_peft_model(model, settings)
     parameters = {_on_disk(name): value for name, value in model.named_parameters()}
     adapters = {name: value for name, value in parameters.items() if "/lora_" in name}
     if adapters.keys() != factors.keys():
@@ -109,25 +109,26 @@ def _on_disk(name: str) -> str:
     return name.replace("model.language_model.", "model.").replace("model.audio_tower.", "audio_tower.").replace("model.visual.", "visual.")
 
 
-def run(folder: str, cases: list, gradient_cases: list, lora_scale: float = 1.0, **arrays: np.ndarray) -> dict[str, np.ndarray]:
-    torch.manual_seed(0)
-    factors = {name.removeprefix("lora/"): value for name, value in arrays.items() if name.startswith("lora/")}
+def run(folders: dict, cases: list, gradient_cases: list, **arrays: np.ndarray) -> dict[str, np.ndarray]:
     answer = {}
-    for attention in ("eager", "sdpa"):
-        model = load(folder, attention)
-        for case in cases:
-            given = tensors({name.split("/", 1)[1]: value for name, value in arrays.items() if name.startswith(f"{case}/")})
-            found = forward(model, given) | positions(model, given)
-            if bool((given["attention_mask"][:, -1] == 1).all()):
-                found |= greedy(model, given)
-            answer |= {f"{case}/{attention}/{name}": value for name, value in found.items()}
-    for case in gradient_cases:
-        given = tensors({name.split("/", 1)[1]: value for name, value in arrays.items() if name.startswith(f"{case}/")})
+    for config, folder in folders.items():
+        factors = {name.split("/", 2)[2]: value for name, value in arrays.items() if name.startswith(f"{config}/lora/")}
+        given = {case: tensors(_under(f"{config}/{case}/", arrays)) for case in {*cases, *gradient_cases}}
         for attention in ("eager", "sdpa"):
-            found = gradients(folder, attention, factors, lora_scale, given)
-            answer |= {f"{case}/{attention}/lora/{name}": value for name, value in found.items()}
-    answer["config"] = np.array(json.dumps(model.config.to_dict(), default=str))
+            model = load(folder, attention)
+            for case in cases:
+                found = forward(model, given[case]) | positions(model, given[case])
+                if bool((given[case]["attention_mask"][:, -1] == 1).all()):
+                    found |= greedy(model, given[case])
+                answer |= {f"{config}/{case}/{attention}/{name}": value for name, value in found.items()}
+            for case in gradient_cases:
+                found = gradients(folder, attention, factors, given[case])
+                answer |= {f"{config}/{case}/{attention}/with_lora/{name}": value for name, value in found.items()}
     return answer
+
+
+def _under(prefix: str, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {name.removeprefix(prefix): value for name, value in arrays.items() if name.startswith(prefix)}
 
 
 if __name__ == "__main__":
