@@ -33,12 +33,12 @@ def base(size: str) -> ConfigDict:
     config.mesh = ConfigDict({"data": -1, "fsdp": 1 if mini else 4, "tensor": 1})
     config.atlas = ConfigDict(
         {
-            "path": "",  # a folder with train, validation and test as .jsonl or parquet; empty = the miniature atlas, made on first use
+            "path": "",  # the folder of the splits; empty = the miniature atlas, made on first use
             "samples": 3000,  # of the miniature atlas
             "seed": 0,
-            "train": "train",
-            "validation": "validation",
-            "test": "test",
+            "train": "train.jsonl",  # a .jsonl or .parquet file, or a folder of .parquet shards
+            "validation": "validation.jsonl",
+            "test": "test.jsonl",
             "max_tokens": 256 if mini else 4096,
             "batches": "mixed" if mini else "homogeneous",
             "buckets": 2 if mini else 8,
@@ -54,7 +54,7 @@ def base(size: str) -> ConfigDict:
             "video_frames": 4,
             "video_min_pixels": pixels,
             "video_max_pixels": pixels,
-            "format_prompt": "default",
+            "format_prompt": "think",
         }
     )
     config.generation = ConfigDict({"unroll": mini, "chunk": 16, "max_tokens": 40 if mini else 2048})

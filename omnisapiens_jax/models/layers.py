@@ -208,5 +208,11 @@ class Stack(nnx.Module):
     def unroll(self) -> None:
         """Replaces the stacked layers by a list of single ones (inference only)."""
         graph, state = nnx.split(self.block)
-        single = [nnx.merge(graph, jax.tree.map(lambda leaf, i=i: leaf[i], state)) for i in range(self.depth)]
-        self.block = nnx.List(single)
+
+        def layer(index: int) -> nnx.Module:
+            def take(leaf: nnx.Param) -> nnx.Param:
+                return leaf.replace(leaf[...][index], out_sharding=leaf.get_metadata("out_sharding")[1:])
+
+            return nnx.merge(graph, jax.tree.map(take, state, is_leaf=lambda leaf: isinstance(leaf, nnx.Param)))
+
+        self.block = nnx.List([layer(index) for index in range(self.depth)])

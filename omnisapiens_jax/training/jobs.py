@@ -21,7 +21,7 @@ from omnisapiens_jax.rl.similarity import Similarity
 from omnisapiens_jax.training import rl, sft
 from omnisapiens_jax.training.data import Atlas, Rows
 from omnisapiens_jax.training.journal import Compilations, console, progress
-from omnisapiens_jax.training.state import TrainState, create_state, parameters, thinker_config
+from omnisapiens_jax.training.state import TrainState, create_state, make_thinker, parameters, thinker_config
 
 
 def _third(index: Index) -> np.ndarray:
@@ -59,7 +59,8 @@ class Run:
             pad=model.tokens.pad,
             chunk=generation.chunk,
         )
-        return Generator(self.graph, sampling, unroll=generation.unroll)
+        thinker = nnx.eval_shape(lambda: make_thinker(self.config.model, self.config.seed))
+        return Generator(thinker, sampling, unroll=generation.unroll)
 
     def evaluate(self, name: str, state: TrainState) -> list[Answer]:
         """Greedy answers to the held-out split, from `evaluation-NAME.json` if this run has made them already."""
@@ -101,7 +102,7 @@ def _rl(run: Run, state: TrainState) -> None:
     run.evaluate("before", state)
     prompts = run.atlas.split(config.atlas.train, batch_size=config.rl.prompts, target=False, shuffle=True, rows=ROWS[config.rl.rows])
     generator = run.generator(config.rl.rollouts, config.rl.temperature)
-    similarity = Similarity() if config.rl.reward.similarity else None
+    similarity = Similarity.load() if config.rl.reward.similarity else None
     state = rl.improve(
         config.rl, config.seed, run.workdir / "rl", run.graph, state, generator, prompts, run.atlas.tokenizer, similarity, run.mesh
     )
