@@ -47,10 +47,16 @@ def whole_or_nothing(target: str | Path) -> Iterator[Path]:
 
 
 def save_params(target: str | Path, params: Params, config: ThinkerConfig, *, origin: Mapping[str, Any] | None = None) -> None:
-    """Writes a checkpoint; `origin` is kept in the manifest to say where the parameters came from.
+    """Makes a checkpoint, whole or not at all; `origin` is kept in its manifest to say where the parameters came from.
 
     Raises FileExistsError when `target` is there already, ConversionError when the parameters are not those of `config`.
     """
+    with whole_or_nothing(target) as folder:
+        write_params(folder, params, config, origin=origin)
+
+
+def write_params(folder: Path, params: Params, config: ThinkerConfig, *, origin: Mapping[str, Any] | None = None) -> None:
+    """Writes a checkpoint's files into an existing directory; as `save_params` otherwise."""
     check_params(params, config)
     leaves = jax.tree.leaves(params)
     manifest = {
@@ -60,11 +66,10 @@ def save_params(target: str | Path, params: Params, config: ThinkerConfig, *, or
         "dtypes": sorted({str(leaf.dtype) for leaf in leaves}),
         "origin": dict(origin or {}),
     }
-    with whole_or_nothing(target) as folder:
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as writer:
-            writer.save(folder / "params", args=ocp.args.PyTreeSave(params))
-        (folder / "config.json").write_text(json.dumps(config.to_hf(), indent=2))
-        (folder / "manifest.json").write_text(json.dumps(manifest, indent=2))
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as writer:
+        writer.save(folder / "params", args=ocp.args.PyTreeSave(params))
+    (folder / "config.json").write_text(json.dumps(config.to_hf(), indent=2))
+    (folder / "manifest.json").write_text(json.dumps(manifest, indent=2))
 
 
 def load_config(source: str | Path) -> ThinkerConfig:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,6 +24,18 @@ Progress = Callable[[str, int, int], None]  # what is being done, how many tenso
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PREFIX = "thinker."
+COMPANIONS = (  # what stands beside the weights and must stay with them: vocabulary, prompt, settings of the processor and of generation
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "chat_template.json",
+    "chat_template.jinja",
+    "preprocessor_config.json",
+    "generation_config.json",
+)
 IGNORED_PARTS = ("talker.", "token2wav.")  # the speech side of a full Omni checkpoint
 _SHOWN = 20  # names an error lists of each kind
 
@@ -172,7 +185,7 @@ def write(
       shard_bytes: largest size of one file.
       progress: called before each tensor.
     """
-    flat = traverse_util.flatten_dict(params)
+    flat: dict[tuple[str, ...], Any] = traverse_util.flatten_dict(params)
     rows = mappings(config)
     check_params(params, config)
     names = [(row, layer, name) for row in rows for layer, name in enumerate(row.their_names)]
@@ -206,7 +219,7 @@ def write(
 
 def check_params(params: Params, config: ThinkerConfig) -> None:
     """Raises ConversionError, listing the paths, unless `params` has exactly the arrays of a model of `config`."""
-    flat = traverse_util.flatten_dict(params)
+    flat: dict[tuple[str, ...], Any] = traverse_util.flatten_dict(params)
     wanted = {row.ours: row.shape for row in mappings(config)}
     problems = [f"unknown {'.'.join(map(str, path))}" for path in sorted(flat.keys() - wanted.keys(), key=str)]
     problems += [f"missing {'.'.join(path)}" for path in sorted(wanted.keys() - flat.keys())]
@@ -217,6 +230,14 @@ def check_params(params: Params, config: ThinkerConfig) -> None:
     ]
     if problems:
         raise ConversionError(f"these are not the parameters of the model that the config describes: {_some(problems)}")
+
+
+def copy_companions(source: Path, target: Path) -> list[str]:
+    """Copies those of `COMPANIONS` that `source` has; returns their names."""
+    found = [name for name in COMPANIONS if (source / name).is_file()]
+    for name in found:
+        shutil.copyfile(source / name, target / name)
+    return found
 
 
 def parse_dtype(name: str) -> np.dtype:
