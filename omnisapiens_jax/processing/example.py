@@ -95,18 +95,35 @@ def build_example(
     positions = np.concatenate([prompt.positions, tail], axis=1)
     labels = np.full(total, IGNORED, np.int32)
     labels[length:] = answer
-    audio, vision = layout_audio(reader.mels, config.audio), layout_vision(reader.visuals, config.vision)
-    kinds, slots = np.zeros(total, np.int32), np.zeros((total, 3), np.int32)
-    heard = np.flatnonzero(prompt.tokens == config.tokens.audio)
-    seen = np.flatnonzero(np.isin(prompt.tokens, (config.tokens.image, config.tokens.video)))
+    tokens = np.concatenate([prompt.tokens, np.asarray(answer, np.int32)])
+    return lay_out(tokens, labels, positions, length, reader.mels, reader.visuals, config)
+
+
+def lay_out(
+    tokens: np.ndarray,
+    labels: np.ndarray,
+    positions: np.ndarray,
+    prompt_length: int,
+    mels: list[np.ndarray],
+    visuals: list[tuple[np.ndarray, Grid]],
+    config: ThinkerConfig,
+) -> Example:
+    """The row `tokens` `[T]` with its media in the encoders' layout; placeholders are looked for in the prompt only.
+
+    `mels` (each `[frames, mels]`) and `visuals` (patches and grid of images and videos) are in reading order.
+    """
+    audio, vision = layout_audio(mels, config.audio), layout_vision(visuals, config.vision)
+    kinds, slots = np.zeros(len(tokens), np.int32), np.zeros((len(tokens), 3), np.int32)
+    heard = np.flatnonzero(tokens[:prompt_length] == config.tokens.audio)
+    seen = np.flatnonzero(np.isin(tokens[:prompt_length], (config.tokens.image, config.tokens.video)))
     kinds[heard], kinds[seen] = AUDIO, VISION
     slots[heard, 0], slots[seen] = np.arange(len(audio.pairs)), vision.slots
     return Example(
-        tokens=np.concatenate([prompt.tokens, np.asarray(answer, np.int32)]),
+        tokens=tokens,
         labels=labels,
         positions=positions,
-        rope_delta=1 + int(positions.max()) - total,
-        prompt_length=length,
+        rope_delta=1 + int(positions.max()) - len(tokens),
+        prompt_length=prompt_length,
         audio_chunks=audio.chunks,
         audio_frames=audio.frames,
         audio_pairs=audio.pairs,

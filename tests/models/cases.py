@@ -18,10 +18,9 @@ from safetensors.numpy import save_file
 
 from omnisapiens_jax.convert.names import mappings
 from omnisapiens_jax.models.config import AudioConfig, TextConfig, ThinkerConfig, TokenIds, VisionConfig
-from omnisapiens_jax.processing.audio import audio_token_count, layout_audio
-from omnisapiens_jax.processing.example import AUDIO, IGNORED, TEXT, VISION, Batch, Bucket, Example, collate
+from omnisapiens_jax.processing.audio import audio_token_count
+from omnisapiens_jax.processing.example import IGNORED, Batch, Bucket, Example, collate, lay_out
 from omnisapiens_jax.processing.positions import Grid, interleave, rope_positions
-from omnisapiens_jax.processing.vision import layout_vision
 
 IDS = TokenIds(pad=0, im_start=1, im_end=2, audio=3, audio_bos=4, audio_eos=5, vision_bos=6, vision_eos=7, image=8, video=9)
 FIRST_WORD = 10
@@ -152,33 +151,32 @@ class Case:
         return any(isinstance(piece, Video) and piece.audio_frames > 0 for row in self.rows for piece in row)
 
 
-_TEXTS: tuple[Row, ...] = ((Text(21),), (Text(9),), (Text(14),))
-_MIXED: tuple[Row, ...] = (
-    (Text(4), Image(6, 8), Text(3), Audio(37), Text(6)),
-    (Text(17),),
-    (Text(3), Video(2, 4, 10, 0.63), Text(8)),
-)
-_WITH_SOUND: tuple[Row, ...] = (
-    (Text(3), Video(4, 4, 4, 1.0, audio_frames=100), Text(6)),
-    (Text(2), Image(4, 6), Text(2), Audio(20), Text(7)),
-)
-CASES = {
-    "text": Case(((Text(19),),)),
-    "padded_right": Case(_TEXTS),
-    "padded_left": Case(_TEXTS, "left"),
+_ONE_ROW: dict[str, Row] = {
+    "text": (Text(19),),
+    "audio_and_video": (Text(3), Audio(60), Text(1), Video(3, 4, 6, 0.59), Text(6)),
+    "video_longer": (Text(3), Video(5, 4, 4, 1.0, audio_frames=60), Text(6)),
+    "audio_longer": (Text(3), Video(2, 4, 4, 0.7, audio_frames=230), Text(6)),
+    "jumping_chunks": (Text(3), Video(3, 4, 6, 4.3, audio_frames=90), Text(2), Video(3, 2, 4, 0.63, audio_frames=33), Text(6)),
+}
+_MORE_ROWS: dict[str, tuple[Row, ...]] = {
+    "texts": ((Text(21),), (Text(9),), (Text(14),)),
     # an exact chunk, one frame more, less than a chunk, an odd number of states
-    "audios": Case(((Text(3), Audio(95), Audio(30), Text(2), Audio(31), Text(6)), (Text(2), Audio(7), Text(7)))),
+    "audios": ((Text(3), Audio(95), Audio(30), Text(2), Audio(31), Text(6)), (Text(2), Audio(7), Text(7))),
     # grids that windows do not divide, one smaller than a window, one cell
-    "images": Case(((Text(3), Image(8, 10), Text(2), Image(4, 4), Text(6)), (Text(2), Image(2, 2), Image(14, 6), Text(5)))),
-    "videos": Case(((Text(2), Video(3, 6, 8, 0.63), Text(5)), (Text(2), Video(2, 4, 4, 1.37), Text(2), Video(4, 2, 6, 0.47), Text(5)))),
-    "audio_and_video": Case(((Text(3), Audio(60), Text(1), Video(3, 4, 6, 0.59), Text(6)),)),
-    "video_longer": Case(((Text(3), Video(5, 4, 4, 1.0, audio_frames=60), Text(6)),)),
-    "audio_longer": Case(((Text(3), Video(2, 4, 4, 0.7, audio_frames=230), Text(6)),)),
-    "jumping_chunks": Case(((Text(3), Video(3, 4, 6, 4.3, audio_frames=90), Text(2), Video(3, 2, 4, 0.63, audio_frames=33), Text(6)),)),
-    "mixed_right": Case(_MIXED),
-    "mixed_left": Case(_MIXED, "left"),
-    "sound_mixed_right": Case(_WITH_SOUND),
-    "sound_mixed_left": Case(_WITH_SOUND, "left"),
+    "images": ((Text(3), Image(8, 10), Text(2), Image(4, 4), Text(6)), (Text(2), Image(2, 2), Image(14, 6), Text(5))),
+    "videos": ((Text(2), Video(3, 6, 8, 0.63), Text(5)), (Text(2), Video(2, 4, 4, 1.37), Text(2), Video(4, 2, 6, 0.47), Text(5))),
+    "mixed": (
+        (Text(4), Image(6, 8), Text(3), Audio(37), Text(6)),
+        (Text(17),),
+        (Text(3), Video(2, 4, 10, 0.63), Text(8)),
+    ),
+    "sound_mixed": (
+        (Text(3), Video(4, 4, 4, 1.0, audio_frames=100), Text(6)),
+        (Text(2), Image(4, 6), Text(2), Audio(20), Text(7)),
+    ),
+}
+CASES = {name: Case((row,)) for name, row in _ONE_ROW.items()} | {
+    f"{name}_{side}": Case(rows, side) for name, rows in _MORE_ROWS.items() for side in ("right", "left")
 }
 
 
@@ -275,41 +273,20 @@ def examples(config_name: str, case_name: str) -> list[Example]:
     """The rows of a case as our processing lays them out."""
     config, case, data = CONFIGS[config_name], CASES[case_name], inputs(config_name, case_name)
     rows = []
-    for tokens, labels, mels, visuals, is_video, seconds in zip(*dataclasses.astuple(data), strict=True):
-        audio, vision = layout_audio(mels, config.audio), layout_vision(visuals, config.vision)
+    for tokens, labels, mels, visuals, is_video, seconds in zip(*(getattr(data, f.name) for f in dataclasses.fields(data)), strict=True):
         grids: Mapping[bool, list[Grid]] = {
             video: [grid for (_, grid), kind in zip(visuals, is_video, strict=True) if kind == video] for video in (False, True)
         }
-        positions, delta = rope_positions(
+        positions, _ = rope_positions(
             tokens,
             config,
-            audio_tokens=audio.clip_tokens,
+            audio_tokens=[audio_token_count(len(mel)) for mel in mels],
             image_grids=grids[False],
             video_grids=grids[True],
             seconds_per_grid=seconds,
             use_audio_in_video=case.audio_in_video,
         )
-        media = np.select([tokens == IDS.audio, np.isin(tokens, (IDS.image, IDS.video))], [AUDIO, VISION], TEXT).astype(np.int32)
-        slots = np.zeros((len(tokens), 3), np.int32)
-        slots[media == AUDIO, 0] = np.arange(len(audio.pairs))
-        slots[media == VISION] = vision.slots
-        rows.append(
-            Example(
-                tokens=tokens,
-                labels=labels,
-                positions=positions,
-                rope_delta=delta,
-                prompt_length=len(tokens),
-                audio_chunks=audio.chunks,
-                audio_frames=audio.frames,
-                audio_pairs=audio.pairs,
-                patches=vision.patches,
-                patch_mask=vision.mask,
-                patch_coords=vision.coords,
-                media=media,
-                media_slot=slots,
-            )
-        )
+        rows.append(lay_out(tokens, labels, positions, len(tokens), mels, visuals, config))
     return rows
 
 
