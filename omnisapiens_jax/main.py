@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 from omnisapiens_jax.resources import resource
@@ -21,6 +21,7 @@ def main(argv: list[str]) -> None:
     """Flags to config to job."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}")
+    logging.set_verbosity(logging.WARNING)  # orbax and grain tell each step of theirs
     from omnisapiens_jax.training import jobs  # after the flags are read, so that --help does not wait for jax
 
     jobs.run(_CONFIG.value, Path(_WORKDIR.value))
@@ -36,8 +37,8 @@ def _bundled(argument: str) -> str:
 
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file or bundled name, with :size where it takes one.", lock_config=True)
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; a run found there goes on.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; a run found there goes on.", required=True)
 
 if __name__ == "__main__":
-    flags.mark_flags_as_required(["config", "workdir"])
+    flags.mark_flag_as_required("config")
     app.run(main, argv=[sys.argv[0], *map(_bundled, sys.argv[1:])])

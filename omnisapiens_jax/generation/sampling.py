@@ -7,7 +7,8 @@ learner computes: `log_softmax(logits / temperature)` in float32.
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Generic, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,10 @@ from flax import nnx
 from omnisapiens_jax.models.decoder import Cache, KeyValue
 from omnisapiens_jax.models.layers import shard
 from omnisapiens_jax.models.thinker import Batch, Thinker, last_token, response_positions
+
+
+Array = TypeVar("Array", jax.Array, np.ndarray)
+Other = TypeVar("Other", jax.Array, np.ndarray)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,12 +45,16 @@ class Sampling:
     chunk: int = 16
 
 
-class Responses(NamedTuple):
-    """Sampled responses of G prompts."""
+class Responses(NamedTuple, Generic[Array]):
+    """Sampled responses of G prompts, on the device (`jax.Array`) or the host (`np.ndarray`)."""
 
-    tokens: jax.Array  # [G, n, R] int32, pad after the end
-    log_probs: jax.Array  # [G, n, R] float32 under the sampling policy; 0 after the end
-    mask: jax.Array  # [G, n, R] bool, true up to and including the end token
+    tokens: Array  # [G, n, R] int32, pad after the end
+    log_probs: Array  # [G, n, R] float32 under the sampling policy; 0 after the end
+    mask: Array  # [G, n, R] bool, true up to and including the end token
+
+    def map(self, function: Callable[[Array], Other]) -> Responses[Other]:
+        """`function` of each array."""
+        return Responses(*(function(array) for array in self))
 
 
 class DecodeState(NamedTuple):
@@ -59,7 +68,7 @@ class DecodeState(NamedTuple):
     cache: Cache
     keys: jax.Array  # [G, n] PRNG keys
     done: jax.Array  # [G, n] bool
-    responses: Responses
+    responses: Responses[jax.Array]
 
 
 def rollout_keys(seed: int, step: jax.Array | int, prompt_ids: jax.Array, rollouts: int) -> jax.Array:
@@ -88,7 +97,7 @@ class Generator:
         """The parameters as decoding reads them: take it once after each update."""
         return self._view(params) if self._unroll else params
 
-    def __call__(self, view: nnx.State, batch: Batch, keys: jax.Array) -> Responses:
+    def __call__(self, view: nnx.State, batch: Batch, keys: jax.Array) -> Responses[jax.Array]:
         """Responses to a batch of prompts; `view` from `view()`, `keys [G, n]` from `rollout_keys`."""
         state = self._prefill(view, batch, keys)
         for _ in range(0, self.sampling.max_tokens, self.sampling.chunk):

@@ -140,14 +140,15 @@ class ThinkerConfig:
         never guessed: a missing size is an error that names it. The head's tying is decided by the stored tensors, so pass `tie_head`
         when you know whether `lm_head.weight` exists.
         """
-        if not isinstance(config, Mapping):
+        if isinstance(config, Mapping):
+            content: Mapping[str, Any] = config
+        else:
             path = Path(config)
-            path = path / "config.json" if path.is_dir() else path
-            config = json.loads(path.read_text())
-        root: Mapping[str, Any] = config.get("thinker_config", config)
+            content = json.loads((path / "config.json" if path.is_dir() else path).read_text())
+        root: Mapping[str, Any] = content.get("thinker_config", content)
         for part in ("text_config", "audio_config", "vision_config"):
             if part not in root:
-                raise ValueError(f"config.json has no {part!r}: not a Qwen2.5-Omni thinker (model_type {config.get('model_type')!r})")
+                raise ValueError(f"config.json has no {part!r}: not a Qwen2.5-Omni thinker (model_type {content.get('model_type')!r})")
         text, audio, vision = root["text_config"], root["audio_config"], root["vision_config"]
         rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
         theta = rope.get("rope_theta", text.get("rope_theta"))

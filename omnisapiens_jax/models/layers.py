@@ -10,10 +10,10 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
-import flax.linen
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from flax.linen.spmd import with_logical_constraint
 
 Remat = Literal["none", "full", "dots"]
 Names = tuple[str | None, ...]
@@ -26,7 +26,7 @@ _REMAT_POLICIES: dict[Remat, Any] = {
 
 def shard(x: jax.Array, *names: str | None) -> jax.Array:
     """Constrains an activation's layout by logical names; does nothing outside a mesh."""
-    return flax.linen.with_logical_constraint(x, names)
+    return with_logical_constraint(x, names)
 
 
 class LoraParam(nnx.Param):
@@ -175,7 +175,8 @@ class Stack(nnx.Module):
 
     def __init__(self, make: Callable[[nnx.Rngs], nnx.Module], depth: int, remat: Remat, *, rngs: nnx.Rngs):
         """`make(rngs)` builds one layer."""
-        self.depth, self.remat = depth, remat
+        self.depth = depth
+        self.remat: Remat = remat
 
         @nnx.split_rngs(splits=depth)
         @nnx.vmap(in_axes=0, out_axes=0, axis_size=depth, transform_metadata={nnx.PARTITION_NAME: "layers"})
@@ -210,7 +211,7 @@ class Stack(nnx.Module):
         graph, state = nnx.split(self.block)
 
         def layer(index: int) -> nnx.Module:
-            def take(leaf: nnx.Param) -> nnx.Param:
+            def take(leaf: nnx.Param) -> nnx.Variable:
                 return leaf.replace(leaf[...][index], out_sharding=leaf.get_metadata("out_sharding")[1:])
 
             return nnx.merge(graph, jax.tree.map(take, state, is_leaf=lambda leaf: isinstance(leaf, nnx.Param)))

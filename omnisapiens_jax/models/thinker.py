@@ -86,8 +86,10 @@ class Thinker(nnx.Module):
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """LM logits `[..., V]` (float32) of normed states `[..., D]`."""
-        tied = self.lm_head is None
-        logits = hidden @ self.decoder.embed_tokens[...].astype(hidden.dtype).T if tied else self.lm_head(hidden)
+        if self.lm_head is None:
+            logits = hidden @ self.decoder.embed_tokens[...].astype(hidden.dtype).T
+        else:
+            logits = self.lm_head(hidden)
         return logits.astype(jnp.float32)
 
 

@@ -81,7 +81,7 @@ class Compilations:
     _watching = False
 
     @classmethod
-    def _on_event(cls, event: str, seconds: float, **facts: Any) -> None:
+    def _on_event(cls, event: str, duration_secs: float, **facts: str | int) -> None:
         if event == "/jax/core/compile/backend_compile_duration":
             cls.count += 1
 

@@ -73,11 +73,11 @@ def improve(
                 samples = prompts.samples(batch)
                 on_device = put_batch(batch, mesh)
                 keys = rollout_keys(seed, step, on_device["index"].astype(jnp.int32), config.rollouts)
-                responses = Responses(*map(local_rows, generator(generator.view(parameters(state)), on_device, keys)))
+                responses = generator(generator.view(parameters(state)), on_device, keys).map(local_rows)
                 texts, rewards = score(responses, samples, tokenizer, similarity, reward_config)
                 scores = rewards.score.reshape(responses.mask.shape[:2])
                 counted = np.repeat(batch["row_mask"][:, None], config.rollouts, axis=1)
-                advantages = np.asarray(grpo_advantages(scores, counted))
+                advantages = np.asarray(grpo_advantages(jnp.asarray(scores), jnp.asarray(counted)))
 
                 rows = np.arange(len(scores))
                 for part in range(config.updates):
@@ -96,7 +96,7 @@ def improve(
 
 
 def score(
-    responses: Responses, samples: list[Any], tokenizer: Tokenizer, similarity: Similarity | None, config: RewardConfig
+    responses: Responses[np.ndarray], samples: list[Any], tokenizer: Tokenizer, similarity: Similarity | None, config: RewardConfig
 ) -> tuple[list[tuple[str, ...]], Rewards]:
     """Texts of the responses `[G, n]` and their rewards, flattened to `[G * n]`; masked groups score as empty."""
     texts = [
@@ -142,7 +142,7 @@ def grpo_gradients(
     return micro_gradients(share, state.trainable, batch, micro_batches)
 
 
-def summary(responses: Responses, rewards: Rewards, scores: np.ndarray, counted: np.ndarray) -> dict[str, float]:
+def summary(responses: Responses[np.ndarray], rewards: Rewards, scores: np.ndarray, counted: np.ndarray) -> dict[str, float]:
     """What a step's rollouts earned, as means over those that count."""
     chosen = counted.reshape(-1)
     spread = scores.std(axis=1)[counted[:, 0]]
@@ -159,7 +159,7 @@ def summary(responses: Responses, rewards: Rewards, scores: np.ndarray, counted:
 def recorded(
     batch: dict[str, np.ndarray],
     samples: list[Any],
-    responses: Responses,
+    responses: Responses[np.ndarray],
     rewards: Rewards,
     advantages: np.ndarray,
     counted: np.ndarray,
@@ -191,7 +191,7 @@ def learner_batch(rollout: Rollout) -> dict[str, np.ndarray]:
     return {**rollout.batch, **_learner(responses, rollout.advantages, rollout.row_mask, np.ones(len(rollout.tokens), bool))}
 
 
-def _learner(responses: Responses, advantages: np.ndarray, counted: np.ndarray, rows: np.ndarray) -> dict[str, np.ndarray]:
+def _learner(responses: Responses[np.ndarray], advantages: np.ndarray, counted: np.ndarray, rows: np.ndarray) -> dict[str, np.ndarray]:
     return {
         "responses": responses.tokens[rows],
         "old_log_probs": responses.log_probs[rows],

@@ -140,6 +140,7 @@ def apply_gradients(
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One optimizer step, and `grad_norm` and `skipped_updates` (so far, for a gradient that was not finite)."""
     updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
+    assert isinstance(opt_state, optax.ApplyIfFiniteState)  # as make_optimizer makes it
     trainable = optax.apply_updates(state.trainable, updates)
     metrics = {"grad_norm": optax.global_norm(grads), "skipped_updates": opt_state.total_notfinite}
     return state._replace(step=state.step + 1, trainable=trainable, opt_state=opt_state), metrics
