@@ -34,8 +34,12 @@ def thinker(config_name: str, lora: LoraConfig | None = None) -> Thinker:
 
 
 def make(config: ThinkerConfig, params: huggingface.Params, lora: LoraConfig | None = None) -> Thinker:
-    """A thinker with these parameters."""
-    made = nnx.jit(lambda: Thinker(config, rngs=nnx.Rngs(0), lora=lora))()
+    """A thinker with these parameters; the factors of its adapters, if any, are random."""
+
+    def build() -> Thinker:
+        return Thinker(config, rngs=nnx.Rngs(0), lora=lora)
+
+    made = nnx.jit(build)() if lora else nnx.eval_shape(build)  # random weights that are all replaced need not be computed
     put_params(made, params)
     return made
 
