@@ -1,7 +1,7 @@
 """Runs the job that a config names.
 
     python -m omnisapiens_jax.main --config=configs/rl.py --workdir=runs/rl
-    python -m omnisapiens_jax.main --config=rl:7b --workdir=gs://... --config.model.weights=DIR --config.rl.optim.lr=5e-7
+    python -m omnisapiens_jax.main --config=rl:7b --workdir=runs/7b --config.model.weights=DIR --config.rl.optim.lr=5e-7
 
 A bare name (`rl`) is one of the configs that travel with the package; what follows the colon selects the size.
 """
@@ -22,6 +22,9 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}")
     logging.set_verbosity(logging.WARNING)  # orbax and grain tell each step of theirs
+    from omnisapiens_jax.parallel import mesh
+
+    mesh.start(_PROCESSES.value)
     from omnisapiens_jax.training import jobs  # after the flags are read, so that --help does not wait for jax
 
     jobs.run(_CONFIG.value, Path(_WORKDIR.value))
@@ -38,6 +41,7 @@ def _bundled(argument: str) -> str:
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file or bundled name, with :size where it takes one.", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; a run found there goes on.", required=True)
+_PROCESSES = flags.DEFINE_string("processes", "", "Of a run over several hosts: 'auto' (as the cluster says) or 'HOST:PORT,N,I'.")
 
 if __name__ == "__main__":
     flags.mark_flag_as_required("config")

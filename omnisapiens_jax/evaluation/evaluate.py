@@ -4,25 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
 from omnisapiens_jax.atlas.schema import Sample
+from omnisapiens_jax.atlas.sources import Source
 from omnisapiens_jax.generation.sampling import Generator, rollout_keys
-from omnisapiens_jax.parallel.mesh import put_batch
+from omnisapiens_jax.parallel.mesh import all_rows, put_batch
+from omnisapiens_jax.processing.example import Batch
 from omnisapiens_jax.processing.tokenizers import Tokenizer
 from omnisapiens_jax.rl.rewards import RewardConfig, extract_prediction
 
-Batches = Iterator[tuple[dict[str, Any], list[Sample | None]]]
-
 SILENCE = -1.5  # log-mel of digital silence
+MODALITIES = ("text", "audio", "video")  # those that can be blanked
+_TRANSCRIPT = re.compile(r"(Transcript:)[^\n]*")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,19 +41,20 @@ class Answer:
         return self.prediction == self.gold.strip().lower()
 
 
-def answer_all(generator: Generator, view: nnx.State, batches: Batches, tokenizer: Tokenizer, mesh: Mesh) -> list[Answer]:
-    """Greedy answers to every sample, in the order of their ids.
+def answer_all(
+    generator: Generator, view: nnx.State, batches: Iterable[Batch], source: Source, tokenizer: Tokenizer, mesh: Mesh
+) -> list[Answer]:
+    """Greedy answers to every sample, in the order of their ids; every process returns all of them.
 
-    `generator` samples one rollout at temperature 0; `batches` give prompts and their samples (None where a slot is masked).
+    `generator` samples one rollout at temperature 0; `batches` give this process's prompts, whose `index` points into `source`.
     """
     answers = []
-    for batch, samples in batches:
+    for batch in batches:
         on_device = put_batch(batch, mesh)
-        keys = rollout_keys(0, 0, on_device["index"].astype(jnp.int32), 1)
-        responses = jax.device_get(generator(view, on_device, keys))
-        for i, sample in enumerate(samples):
-            if sample is not None:
-                text = decode_response(tokenizer, responses.tokens[i, 0], responses.mask[i, 0])
+        responses = generator(view, on_device, rollout_keys(0, 0, on_device["index"], 1))
+        for index, tokens, mask in zip(*all_rows((on_device["index"], responses.tokens, responses.mask)), strict=True):
+            if index >= 0:
+                sample, text = source[int(index)], decode_response(tokenizer, tokens[0], mask[0])
                 answers.append(Answer(sample.id, sample.dataset, sample.answer, extract_prediction(text, RewardConfig()), text))
     return sorted(answers, key=lambda answer: answer.id)
 
@@ -63,13 +64,34 @@ def decode_response(tokenizer: Tokenizer, tokens: np.ndarray, mask: np.ndarray) 
     return tokenizer.decode(tokens[mask].tolist())
 
 
-def blank(modality: str) -> Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]:
-    """Takes one modality out of a batch and leaves its places: `audio` becomes silence, `video` even grey (after normalisation: 0)."""
+def blank(batch: dict[str, np.ndarray], modality: str) -> dict[str, np.ndarray]:
+    """A batch without one modality, its places left: `audio` becomes silence, `video` even grey (0 after normalisation).
+
+    Words are tokens like all others, so `text` is taken out of the samples, with `WithoutTranscripts`, before there are batches.
+    """
     if modality == "audio":
-        return lambda batch: {**batch, "audio_chunks": np.full_like(batch["audio_chunks"], SILENCE)}
+        return {**batch, "audio_chunks": np.full_like(batch["audio_chunks"], SILENCE)}
     if modality == "video":
-        return lambda batch: {**batch, "patches": np.zeros_like(batch["patches"])}
-    raise ValueError(f"cannot blank {modality!r}: audio or video")
+        return {**batch, "patches": np.zeros_like(batch["patches"])}
+    raise ValueError(f"cannot blank {modality!r} in a batch: audio or video")
+
+
+@dataclasses.dataclass(frozen=True)
+class WithoutTranscripts:
+    """A source whose problems have lost the words of their transcript; question and options stay."""
+
+    source: Source
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> Sample:
+        sample = self.source[index]
+        return dataclasses.replace(sample, problem=_TRANSCRIPT.sub(r"\1", sample.problem))
+
+    def fingerprint(self) -> str:
+        """Changes with the rows, and differs from that of the rows themselves."""
+        return f"{self.source.fingerprint()} without transcripts"
 
 
 def accuracy(answers: list[Answer]) -> float:

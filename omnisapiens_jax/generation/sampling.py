@@ -7,6 +7,7 @@ learner computes: `log_softmax(logits / temperature)` in float32.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Generic, NamedTuple, TypeVar
 
@@ -18,7 +19,6 @@ from flax import nnx
 from omnisapiens_jax.models.decoder import Cache, KeyValue
 from omnisapiens_jax.models.layers import shard
 from omnisapiens_jax.models.thinker import Batch, Thinker, last_token, response_positions
-
 
 Array = TypeVar("Array", jax.Array, np.ndarray)
 Other = TypeVar("Other", jax.Array, np.ndarray)
@@ -71,6 +71,7 @@ class DecodeState(NamedTuple):
     responses: Responses[jax.Array]
 
 
+@functools.partial(jax.jit, static_argnames=("seed", "rollouts"))
 def rollout_keys(seed: int, step: jax.Array | int, prompt_ids: jax.Array, rollouts: int) -> jax.Array:
     """PRNG keys `[G, n]` of rollouts, from what they are: `prompt_ids [G]` and the rollout's index."""
     base = jax.random.fold_in(jax.random.key(seed), step)
@@ -156,7 +157,8 @@ class Generator:
             return state._replace(step=state.step + 1, hidden=hidden, cache=cache, done=done, responses=responses)
 
         state = jax.lax.while_loop(wanted, one, state)
-        return state, jnp.all(state.done)
+        responses = state.responses.map(lambda leaf: shard(leaf, "batch", None, None))  # each process reads its own rows
+        return state._replace(responses=responses), jnp.all(state.done)
 
 
 def _unrolled(graph: nnx.GraphDef, params: nnx.State) -> Thinker:

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXES = ("data", "fsdp", "tensor")
@@ -29,6 +30,27 @@ RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
     ("kv_heads", "tensor"),
     ("vocab", "tensor"),
 )
+
+
+def start(processes: str) -> None:
+    """Joins this process to the others of its run; nothing may have touched a device before.
+
+    Args:
+      processes: empty = this process runs alone; `auto` = as the cluster says (TPU pods, Slurm, MPI, Kubernetes); `HOST:PORT,N,I` = the
+        I-th of N, which meet at the address of the 0-th.
+
+    Raises:
+      ValueError: it is none of these.
+    """
+    if not processes:
+        return
+    if processes == "auto":
+        jax.distributed.initialize()
+        return
+    address, *numbers = processes.split(",")
+    if len(numbers) != 2 or not all(number.isdecimal() for number in numbers):
+        raise ValueError(f"processes {processes!r} must be empty, 'auto' or 'HOST:PORT,N,I', such as '10.0.0.1:1234,2,0'")
+    jax.distributed.initialize(address, num_processes=int(numbers[0]), process_id=int(numbers[1]))
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, *, devices: list[Any] | None = None) -> Mesh:
@@ -64,9 +86,14 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def divided(mesh: Mesh) -> NamedSharding:
+    """The sharding of a batch: rows along the batch axes."""
+    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+
+
 def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """Lays this process's rows of a batch on the mesh, along its batch axes; rows of all processes make the global batch."""
-    sharding = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    sharding = divided(mesh)
     return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()}
 
 
@@ -76,3 +103,8 @@ def local_rows(array: jax.Array) -> np.ndarray:
         return np.asarray(array)
     rows = {shard.index[0].start or 0: shard.data for shard in array.addressable_shards}
     return np.concatenate([np.asarray(rows[start]) for start in sorted(rows)])
+
+
+def all_rows(tree: Any) -> Any:
+    """The rows of all processes, for each of them: of global arrays, and of host arrays that hold a process's own rows `[rows, ...]`."""
+    return jax.tree.map(np.asarray, multihost_utils.process_allgather(tree, tiled=True))

@@ -20,6 +20,7 @@ from omnisapiens_jax.atlas.plan import Index, PlanConfig, Planner
 from omnisapiens_jax.atlas.recipe import Recipe
 from omnisapiens_jax.atlas.schema import Sample
 from omnisapiens_jax.atlas.sources import Source, open_source
+from omnisapiens_jax.evaluation.evaluate import WithoutTranscripts
 from omnisapiens_jax.models.config import ThinkerConfig
 from omnisapiens_jax.processing.chat import FORMAT_PROMPTS
 from omnisapiens_jax.processing.options import ProcessingConfig
@@ -60,23 +61,25 @@ class Atlas:
         )
 
     def split(
-        self, name: str, *, batch_size: int, target: bool, shuffle: bool, rows: Rows | None = None, without: tuple[str, ...] = ()
+        self, name: str, *, batch_size: int, target: bool, shuffle: bool, rows: Rows | None = None, transcripts: bool = True
     ) -> Split:
         """One split.
 
         Args:
-          name: its file in the atlas folder, without the ending.
+          name: its file in the atlas folder, or its name without the ending.
           batch_size: slots of a batch, all hosts together.
           target: append the supervised target, or end at the assistant header.
           shuffle: a new order every epoch, or the file's own.
           rows: which samples take part (all).
-          without: modalities blanked, see `omnisapiens_jax.evaluation.evaluate.blank`; `text` takes the transcripts out here.
+          transcripts: False takes the words of every transcript out.
         """
         atlas = self._config.atlas
-        source = open_source(self._root / name)
+        source = self.source(name) if transcripts else WithoutTranscripts(self.source(name))
         recipe = Recipe(self.tokenizer, self._model, self._options, max_tokens=atlas.max_tokens, with_target=target)
-        with Bar(f"measuring {name}", total=len(source)) as bar:
-            index, faults = length_index(source, recipe, on_error=atlas.on_error, cache=self._cache, progress=lambda *_: bar.advance())
+        with Bar(f"measuring {name}", total=len(source), at_once=False) as bar:
+            index, faults = length_index(
+                source, recipe, on_error=atlas.on_error, cache=self._cache, progress=lambda done, _: bar.reach(done)
+            )
         if faults:
             console.print(faults.report())
         if cut := shortened(index):
@@ -88,17 +91,16 @@ class Atlas:
         pipeline = PipelineConfig(atlas.on_error, cache_bytes=atlas.cache_bytes, workers=atlas.workers)
         return Split(source, Pipeline(source, recipe, Planner(index, buckets, plan), pipeline, host=jax.process_index()))
 
+    def source(self, name: str) -> Source:
+        """The rows of one split."""
+        return open_source(self._root / name)
+
     def _miniature(self) -> Path:
         atlas = self._config.atlas
-        with Bar("making the miniature atlas", total=atlas.samples) as bar:
-            return generate.atlas(atlas.samples, atlas.seed, cache=resources.cache(), progress=lambda *_: bar.advance())
+        with Bar("making the miniature atlas", total=atlas.samples, at_once=False) as bar:
+            return generate.atlas(atlas.samples, atlas.seed, cache=resources.cache(), progress=lambda done, _: bar.reach(done))
 
 
 def open_tokenizer(weights: str) -> Tokenizer:
     """The tokenizer beside a checkpoint, or the bundled small vocabulary where there is none."""
     return QwenTokenizer(weights) if weights else MiniTokenizer(resources.resource("data/mini/tokenizer.model"))
-
-
-def every_third(index: Index) -> np.ndarray:
-    """The third of a split whose answers the warm start may see, chosen by row number: `[N]` bool."""
-    return index.ids % 3 == 0

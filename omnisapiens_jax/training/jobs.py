@@ -14,7 +14,8 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from omnisapiens_jax.atlas.plan import Index
-from omnisapiens_jax.evaluation.evaluate import Answer, accuracy, answer_all, load_answers, save_answers
+from omnisapiens_jax.evaluation.evaluate import Answer, accuracy, answer_all, blank, load_answers, save_answers
+from omnisapiens_jax.evaluation.report import write_report
 from omnisapiens_jax.generation.sampling import Generator, Sampling
 from omnisapiens_jax.parallel.mesh import make_mesh, on_mesh
 from omnisapiens_jax.rl.similarity import Similarity
@@ -62,18 +63,31 @@ class Run:
         thinker = nnx.eval_shape(lambda: make_thinker(self.config.model, self.config.seed))
         return Generator(thinker, sampling, unroll=generation.unroll)
 
-    def evaluate(self, name: str, state: TrainState) -> list[Answer]:
-        """Greedy answers to the held-out split, from `evaluation-NAME.json` if this run has made them already."""
+    def evaluate(self, name: str, state: TrainState, without: str = "") -> list[Answer]:
+        """Greedy answers to the held-out split, one modality taken out or none; kept in `evaluation-NAME.json`, and made only once."""
         path = self.workdir / f"evaluation-{name}.json"
         if not path.exists():
-            split = self.atlas.split(self.config.atlas.test, batch_size=self.config.eval_batch, target=False, shuffle=False)
+            settings = {"batch_size": self.config.eval_batch, "target": False, "shuffle": False, "transcripts": without != "text"}
+            split = self.atlas.split(self.config.atlas.test, **settings)
             generator, steps = self.generator(1, 0.0), split.steps_per_epoch
-            batches = progress(split.pipeline.batches(0, steps), f"evaluating {name}", total=steps)
-            pairs = ((batch, split.samples(batch)) for _, batch in batches)
-            save_answers(path, answer_all(generator, generator.view(parameters(state)), pairs, self.atlas.tokenizer, self.mesh))
-        answers = load_answers(path)
+            batches = (batch for _, batch in progress(split.pipeline.batches(0, steps), f"evaluating {name}", total=steps))
+            if without in ("audio", "video"):
+                batches = (blank(batch, without) for batch in batches)
+            view = generator.view(parameters(state))
+            answers = answer_all(generator, view, batches, split.source, self.atlas.tokenizer, self.mesh)
+            if jax.process_index() == 0:
+                save_answers(path, answers)
+        else:
+            answers = load_answers(path)
         console.print(f"held-out accuracy {name}: {accuracy(answers):.3f} on {len(answers)} samples")
         return answers
+
+    def report(self) -> None:
+        """Writes `report.html`."""
+        if jax.process_index() == 0:
+            config = self.config.atlas
+            path = write_report(self.workdir, self.atlas.source(config.test), self.atlas.source(config.train))
+            console.print(f"The report is {path.absolute()}")
 
 
 def run(config: ml_collections.ConfigDict, workdir: Path) -> None:
@@ -84,7 +98,10 @@ def run(config: ml_collections.ConfigDict, workdir: Path) -> None:
     """
     if config.job not in JOBS:
         raise ValueError(f"unknown job {config.job!r}; known: {', '.join(JOBS)}")
-    _claim(workdir, config)
+    if jax.process_index() == 0:
+        _claim(workdir, config)
+    else:
+        console.quiet = True
     Compilations.watch()
     mesh = make_mesh(**config.mesh)
     with on_mesh(mesh):
@@ -103,14 +120,20 @@ def _rl(run: Run, state: TrainState) -> None:
     prompts = run.atlas.split(config.atlas.train, batch_size=config.rl.prompts, target=False, shuffle=True, rows=ROWS[config.rl.rows])
     generator = run.generator(config.rl.rollouts, config.rl.temperature)
     similarity = Similarity.load() if config.rl.reward.similarity else None
+    if similarity is not None:
+        similarity.warm_up()
     state = rl.improve(
         config.rl, config.seed, run.workdir / "rl", run.graph, state, generator, prompts, run.atlas.tokenizer, similarity, run.mesh
     )
     run.evaluate("after", state)
+    for modality in config.blanked:
+        run.evaluate(f"after-without-{modality}", state, modality)
+    run.report()
 
 
 def _sft(run: Run, state: TrainState) -> None:
     run.evaluate("sft", run.fit(run.config.sft, "sft", state))
+    run.report()
 
 
 JOBS: dict[str, Callable[[Run, TrainState], None]] = {"rl": _rl, "sft": _sft}
@@ -121,7 +144,9 @@ def _claim(workdir: Path, config: ml_collections.ConfigDict) -> None:
     path, text = workdir / "config.json", config.to_json_best_effort(indent=2)
     if not path.exists():
         workdir.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
+        draft = path.with_suffix(".part")
+        draft.write_text(text)
+        draft.replace(path)
     elif path.read_text() != text:
         old, new = json.loads(path.read_text()), json.loads(text)
         differing = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))

@@ -21,10 +21,17 @@ console = Console()
 
 
 class Journal:
-    """Metrics of one stage, one line a step. Keys under `time/` are wall-clock facts; all others are the same in every rerun."""
+    """Metrics of one stage, one line a step. Keys under `time/` are wall-clock facts; all others are the same in every rerun.
+
+    Of several processes only the first writes.
+    """
 
     def __init__(self, directory: Path, *, start: int):
         """Opens `directory/metrics.jsonl`; lines of steps from `start` on (written by a run that was killed) are taken back."""
+        self._last = time.perf_counter()
+        self._writes = jax.process_index() == 0
+        if not self._writes:
+            return
         directory.mkdir(parents=True, exist_ok=True)
         self._path = directory / "metrics.jsonl"
         kept = [row for row in read_metrics(self._path) if row["step"] < start]
@@ -33,14 +40,14 @@ class Journal:
         draft.replace(self._path)
         self._file = self._path.open("a")
         self._board = tensorboardX.SummaryWriter(str(directory / "tensorboard"), purge_step=start, flush_secs=30)
-        self._last = time.perf_counter()
 
     def __enter__(self) -> Journal:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._file.close()
-        self._board.close()
+        if self._writes:
+            self._file.close()
+            self._board.close()
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> dict[str, float]:
         """Writes one line; device scalars are fetched here, in one transfer."""
@@ -48,10 +55,11 @@ class Journal:
         values = {name: np.asarray(value).item() for name, value in jax.device_get(dict(metrics)).items()}
         values |= {"time/seconds": now - self._last, "time/compilations": Compilations.count}
         self._last = now
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()
-        for name, value in values.items():
-            self._board.add_scalar(name, value, step)
+        if self._writes:
+            self._file.write(json.dumps({"step": step, **values}) + "\n")
+            self._file.flush()
+            for name, value in values.items():
+                self._board.add_scalar(name, value, step)
         return values
 
 
@@ -89,14 +97,16 @@ class Compilations:
 class Bar:
     """A progress bar whose right end shows the numbers of the moment."""
 
-    def __init__(self, title: str, *, total: int, start: int = 0):
-        """`total` steps, of which `start` are done."""
+    def __init__(self, title: str, *, total: int, start: int = 0, at_once: bool = True):
+        """`total` steps, of which `start` are done. Unless `at_once`, nothing is shown before a step is reached."""
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
         self._progress = Progress(*columns, TextColumn("{task.fields[facts]}"), console=console)
+        self._at_once = at_once
         self._task = self._progress.add_task(title, total=total, completed=start, facts="")
 
     def __enter__(self) -> Bar:
-        self._progress.start()
+        if self._at_once:
+            self._progress.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -106,6 +116,11 @@ class Bar:
         """One step further; `facts` are shown with three digits."""
         shown = "  ".join(f"{name} {value:.3g}" for name, value in facts.items())
         self._progress.update(self._task, advance=1, facts=shown)
+
+    def reach(self, done: int) -> None:
+        """`done` steps are done."""
+        self._progress.start()
+        self._progress.update(self._task, completed=done)
 
 
 def progress(items: Iterable[Item], title: str, *, total: int) -> Iterator[Item]:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import optax
@@ -17,7 +16,7 @@ from jax.sharding import Mesh
 from omnisapiens_jax.evaluation.evaluate import decode_response
 from omnisapiens_jax.generation.sampling import Generator, Responses, rollout_keys
 from omnisapiens_jax.models.thinker import token_log_probs
-from omnisapiens_jax.parallel.mesh import local_rows, put_batch
+from omnisapiens_jax.parallel.mesh import all_rows, divided, local_rows, put_batch
 from omnisapiens_jax.processing.tokenizers import Tokenizer
 from omnisapiens_jax.rl.advantages import grpo_advantages
 from omnisapiens_jax.rl.loss import PolicyLossConfig, PolicyStats, loss_denominator, policy_loss
@@ -26,7 +25,15 @@ from omnisapiens_jax.rl.rewards import RewardConfig, Rewards, Similarity, score_
 from omnisapiens_jax.training.checkpoints import Checkpoints
 from omnisapiens_jax.training.data import Split
 from omnisapiens_jax.training.journal import Bar, Journal
-from omnisapiens_jax.training.state import TrainState, apply_gradients, fresh_optimizer, make_optimizer, micro_gradients, parameters
+from omnisapiens_jax.training.state import (
+    TrainState,
+    apply_gradients,
+    check_finite,
+    fresh_optimizer,
+    make_optimizer,
+    micro_gradients,
+    parameters,
+)
 
 
 def improve(
@@ -61,6 +68,7 @@ def improve(
     update = jax.jit(
         functools.partial(grpo_step, graph, optimizer, loss_config, config.temperature, config.micro_batches), donate_argnums=0
     )
+    compare = jax.jit(grpo_advantages, out_shardings=divided(mesh))
     reward_config = RewardConfig(**config.reward)
 
     with Checkpoints(workdir / "state") as checkpoints:
@@ -72,12 +80,12 @@ def improve(
             for step, batch in prompts.pipeline.batches(start, config.steps):
                 samples = prompts.samples(batch)
                 on_device = put_batch(batch, mesh)
-                keys = rollout_keys(seed, step, on_device["index"].astype(jnp.int32), config.rollouts)
+                keys = rollout_keys(seed, step, on_device["index"], config.rollouts)
                 responses = generator(generator.view(parameters(state)), on_device, keys).map(local_rows)
                 texts, rewards = score(responses, samples, tokenizer, similarity, reward_config)
                 scores = rewards.score.reshape(responses.mask.shape[:2])
                 counted = np.repeat(batch["row_mask"][:, None], config.rollouts, axis=1)
-                advantages = np.asarray(grpo_advantages(jnp.asarray(scores), jnp.asarray(counted)))
+                advantages = local_rows(compare(*put_batch({"rewards": scores, "mask": counted}, mesh).values()))
 
                 rows = np.arange(len(scores))
                 for part in range(config.updates):
@@ -85,10 +93,11 @@ def improve(
                     parts = {**{name: array[mine] for name, array in batch.items()}, **_learner(responses, advantages, counted, mine)}
                     state, metrics = update(state, put_batch(parts, mesh))
 
-                written = journal.write(step, metrics | summary(responses, rewards, scores, counted))
+                written = journal.write(step, metrics | summary(responses, rewards, counted))
+                check_finite(step, written)
                 if config.record_every and step % config.record_every == 0:
                     record = recorded(batch, samples, responses, rewards, advantages, counted, texts, step, config.temperature)
-                    save_rollout(workdir / "rollouts" / f"{step:06d}.npz", record)
+                    save_rollout(workdir / "rollouts" / f"{step:06d}{_of_process()}.npz", record)
                 if (step + 1) % config.save_every == 0 or step + 1 == config.steps:
                     checkpoints.save(step + 1, state, {"next_step": step + 1})
                 bar.advance(reward=written["reward"], accuracy=written["accuracy"], tokens=written["response_length"])
@@ -142,18 +151,19 @@ def grpo_gradients(
     return micro_gradients(share, state.trainable, batch, micro_batches)
 
 
-def summary(responses: Responses[np.ndarray], rewards: Rewards, scores: np.ndarray, counted: np.ndarray) -> dict[str, float]:
-    """What a step's rollouts earned, as means over those that count."""
-    chosen = counted.reshape(-1)
-    spread = scores.std(axis=1)[counted[:, 0]]
-    return {
-        "reward": float(rewards.score[chosen].mean()),
-        "accuracy": float(rewards.accuracy[chosen].mean()),
-        "format": float(rewards.format[chosen].mean()),
-        "similarity": float(rewards.similarity[chosen].mean()),
-        "response_length": float(responses.mask.sum(axis=-1)[counted].mean()),
-        "groups_without_signal": float((spread < 1e-6).mean()),
+def summary(responses: Responses[np.ndarray], rewards: Rewards, counted: np.ndarray) -> dict[str, float]:
+    """What a step's rollouts earned on all processes, as means over those that count (`counted [G, n]` of this process)."""
+    own = {
+        "reward": rewards.score,
+        "accuracy": rewards.accuracy,
+        "format": rewards.format,
+        "similarity": rewards.similarity,
+        "response_length": responses.mask.sum(axis=-1),
     }
+    earned, counted = all_rows(({name: values.reshape(counted.shape) for name, values in own.items()}, counted))
+    spread = earned["reward"].std(axis=1)[counted[:, 0]]
+    means = {name: float(values[counted].mean()) for name, values in earned.items()}
+    return means | {"groups_without_signal": float((spread < 1e-6).mean())}
 
 
 def recorded(
@@ -183,6 +193,11 @@ def recorded(
         step=step,
         temperature=temperature,
     )
+
+
+def _of_process() -> str:
+    """Each process records its own prompts; the name says whose, where there are several."""
+    return f"-{jax.process_index()}" if jax.process_count() > 1 else ""
 
 
 def learner_batch(rollout: Rollout) -> dict[str, np.ndarray]:

@@ -18,7 +18,15 @@ from omnisapiens_jax.training.checkpoints import Checkpoints
 from omnisapiens_jax.training.data import Split
 from omnisapiens_jax.training.journal import Bar, Journal, console
 from omnisapiens_jax.training.losses import lm_loss
-from omnisapiens_jax.training.state import TrainState, apply_gradients, fresh_optimizer, make_optimizer, micro_gradients, parameters
+from omnisapiens_jax.training.state import (
+    TrainState,
+    apply_gradients,
+    check_finite,
+    fresh_optimizer,
+    make_optimizer,
+    micro_gradients,
+    parameters,
+)
 
 
 def fit(
@@ -57,6 +65,7 @@ def fit(
                     progress["finished"] = waited >= config.patience or step + 1 == config.steps
                     checkpoints.save(step + 1, state, progress)
                 written = journal.write(step, metrics)
+                check_finite(step, written)
                 bar.advance(loss=written["loss"], best=progress["best_loss"])
                 if progress["finished"]:
                     break

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import ml_collections
+import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh
@@ -20,6 +21,8 @@ from omnisapiens_jax.models.thinker import Thinker
 from omnisapiens_jax.parallel.mesh import on_mesh, shardings
 
 Stats = TypeVar("Stats")  # anything that adds up over micro-batches with `+`
+
+MOST_SKIPPED = 5  # updates in a row whose gradient is not finite; then a run stops
 
 
 class TrainState(NamedTuple):
@@ -69,7 +72,8 @@ def make_optimizer(optim: ml_collections.ConfigDict, steps: int) -> optax.Gradie
         raise ValueError(f"unknown optim.schedule {optim.schedule!r}; known: {', '.join(schedules)}")
     schedule = schedules[optim.schedule]() if optim.warmup or optim.schedule != "constant" else optim.lr
     adamw = optax.adamw(schedule, b1=optim.b1, b2=optim.b2, weight_decay=optim.weight_decay)
-    return optax.apply_if_finite(optax.chain(optax.clip_by_global_norm(optim.clip), adamw), max_consecutive_errors=5)
+    never = np.iinfo(np.int32).max  # optax would let the next one through; `check_finite` stops the run instead
+    return optax.apply_if_finite(optax.chain(optax.clip_by_global_norm(optim.clip), adamw), max_consecutive_errors=never)
 
 
 def create_state(model: ml_collections.ConfigDict, seed: int, mesh: Mesh) -> tuple[nnx.GraphDef, TrainState]:
@@ -138,9 +142,23 @@ def micro_gradients(
 def apply_gradients(
     state: TrainState, grads: nnx.State, optimizer: optax.GradientTransformation
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One optimizer step, and `grad_norm` and `skipped_updates` (so far, for a gradient that was not finite)."""
+    """One optimizer step, and `grad_norm`, `skipped_updates` (so far, for a gradient that was not finite) and `skipped_in_a_row`."""
     updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
     assert isinstance(opt_state, optax.ApplyIfFiniteState)  # as make_optimizer makes it
     trainable = optax.apply_updates(state.trainable, updates)
     metrics = {"grad_norm": optax.global_norm(grads), "skipped_updates": opt_state.total_notfinite}
+    metrics["skipped_in_a_row"] = opt_state.notfinite_count
     return state._replace(step=state.step + 1, trainable=trainable, opt_state=opt_state), metrics
+
+
+def check_finite(step: int, metrics: Mapping[str, float]) -> None:
+    """Stops a run that no longer learns.
+
+    Raises:
+      FloatingPointError: the gradients of the last `MOST_SKIPPED` updates were not finite; the parameters are those from before them.
+    """
+    if metrics["skipped_in_a_row"] >= MOST_SKIPPED:
+        raise FloatingPointError(
+            f"step {step}: the gradients of the last {metrics['skipped_in_a_row']:.0f} updates were not finite, so nothing is learnt. The "
+            "parameters are still finite and the last checkpoint is good: start again with a lower optim.lr, or look for a broken sample"
+        )

@@ -1,0 +1,98 @@
+"""The same loss and the same gradients on one device, on 2 data x 2 fsdp x 2 tensor of them, and in micro-batches."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from omnisapiens_jax.parallel.mesh import make_mesh, on_mesh, put_batch
+from omnisapiens_jax.rl.loss import PolicyLossConfig
+from omnisapiens_jax.rl.replay import load_rollout, save_rollout
+from omnisapiens_jax.training import rl, sft
+from tests.training import world
+
+BOUND = 1e-5  # times the largest gradient of a leaf
+ONE, EIGHT = (1, 1, 1), (2, 2, 2)
+
+Gradients = dict[str, np.ndarray]
+
+
+@functools.cache
+def here(mesh: world.Mesh3) -> world.World:
+    return world.world(world.config(mesh=mesh))
+
+
+def flat(tree: Any) -> Gradients:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf) for path, leaf in leaves}
+
+
+@functools.cache
+def sft_gradients(mesh: world.Mesh3, micro_batches: int = 1) -> tuple[float, Gradients]:
+    at = here(mesh)
+    with on_mesh(at.mesh):
+        step = jax.jit(functools.partial(sft.sft_gradients, at.graph, micro_batches))
+        loss, tokens, grads = step(at.state, put_batch(world.batch(target=True), at.mesh))
+    assert float(tokens) > 100
+    return float(loss), flat(grads)
+
+
+@functools.cache
+def grpo_gradients(mesh: world.Mesh3, path: Path, micro_batches: int = 1) -> tuple[float, Gradients]:
+    at = here(mesh)
+    with on_mesh(at.mesh):
+        step = jax.jit(functools.partial(rl.grpo_gradients, at.graph, PolicyLossConfig(), 1.0, micro_batches))
+        loss, stats, grads = step(at.state, put_batch(rl.learner_batch(load_rollout(path)), at.mesh))
+    assert float(stats.clipped) > 0
+    return float(loss), flat(grads)
+
+
+@pytest.fixture(scope="module")
+def replay(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("replay") / "rollout.npz"
+    save_rollout(path, world.rollout(here(ONE)))
+    return path
+
+
+def check(found: tuple[float, Gradients], wanted: tuple[float, Gradients]) -> None:
+    assert abs(found[0] - wanted[0]) <= BOUND * max(abs(wanted[0]), 0.1)
+    scales = {name: np.abs(gradient).max() for name, gradient in wanted[1].items()}
+    errors = {name: np.abs(found[1][name] - gradient).max() / scales[name] for name, gradient in wanted[1].items() if scales[name]}
+    name, worst = max(errors.items(), key=lambda item: item[1])
+    print(f"loss {found[0]:.7f} / {wanted[0]:.7f}; of {len(errors)} leaves {name} differs most: {worst:.1e} of its largest gradient")
+    assert worst <= BOUND, name
+    silent = [name for name, scale in scales.items() if not scale]
+    assert all(not np.abs(found[1][name]).max() for name in silent) and len(silent) < 3, silent
+
+
+def test_a_seed_is_the_same_policy_on_any_mesh() -> None:
+    one, eight = flat(here(ONE).state), flat(here(EIGHT).state)
+    assert all(np.array_equal(one[name], eight[name]) for name in one)
+    divided = [leaf for leaf in jax.tree.leaves(here(EIGHT).state.trainable) if leaf.addressable_shards[0].data.size < leaf.size]
+    assert len(divided) > 20
+
+
+def test_an_sft_step_is_the_same_on_eight_devices() -> None:
+    check(sft_gradients(EIGHT), sft_gradients(ONE))
+
+
+def test_an_sft_step_is_the_same_in_micro_batches() -> None:
+    check(sft_gradients(ONE, 2), sft_gradients(ONE))
+
+
+def test_a_grpo_step_is_the_same_on_eight_devices(replay: Path) -> None:
+    check(grpo_gradients(EIGHT, replay), grpo_gradients(ONE, replay))
+
+
+def test_a_grpo_step_is_the_same_in_micro_batches(replay: Path) -> None:
+    check(grpo_gradients(ONE, replay, 2), grpo_gradients(ONE, replay))
+
+
+def test_a_wrong_mesh_is_named() -> None:
+    with pytest.raises(ValueError, match="mesh data=2 x fsdp=3 x tensor=1 needs 6 devices; there are 8"):
+        make_mesh(2, 3, 1)
