@@ -41,13 +41,13 @@ def base(size: str) -> ConfigDict:
             "test": "test.jsonl",
             "max_tokens": 256 if mini else 4096,
             "batches": "mixed" if mini else "homogeneous",
-            "buckets": 2 if mini else 8,
+            "buckets": 1 if mini else 8,
             "on_error": "raise" if mini else "skip",
             "cache_bytes": 2**31 if mini else 0,
             "workers": 0,
         }
     )
-    pixels = 84 * 84 if mini else 147_456
+    pixels = 56 * 56 if mini else 147_456
     config.processing = ConfigDict(
         {
             "audio_seconds": 10.0,
@@ -57,8 +57,9 @@ def base(size: str) -> ConfigDict:
             "format_prompt": "think",
         }
     )
-    config.generation = ConfigDict({"unroll": mini, "chunk": 16, "max_tokens": 40 if mini else 2048})
+    config.generation = ConfigDict({"unroll": mini, "chunk": 16, "max_tokens": 24 if mini else 2048})
     config.eval_batch = 64
+    config.blanked = ()  # modalities (text, audio, video) without which the final policy is evaluated once more
     return config
 
 

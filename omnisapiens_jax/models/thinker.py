@@ -86,10 +86,8 @@ class Thinker(nnx.Module):
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """LM logits `[..., V]` (float32) of normed states `[..., D]`."""
-        if self.lm_head is None:
-            logits = hidden @ self.decoder.embed_tokens[...].astype(hidden.dtype).T
-        else:
-            logits = self.lm_head(hidden)
+        table = self.decoder.embed_tokens[...]
+        logits = hidden @ table.astype(hidden.dtype).T if self.lm_head is None else self.lm_head(hidden)
         return logits.astype(jnp.float32)
 
 

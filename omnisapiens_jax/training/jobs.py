@@ -21,7 +21,7 @@ from omnisapiens_jax.parallel.mesh import make_mesh, on_mesh
 from omnisapiens_jax.rl.similarity import Similarity
 from omnisapiens_jax.training import rl, sft
 from omnisapiens_jax.training.data import Atlas, Rows
-from omnisapiens_jax.training.journal import Compilations, console, progress
+from omnisapiens_jax.training.journal import Compilations, console, progress, read_metrics
 from omnisapiens_jax.training.state import TrainState, create_state, make_thinker, parameters, thinker_config
 
 
@@ -67,11 +67,12 @@ class Run:
         """Greedy answers to the held-out split, one modality taken out or none; kept in `evaluation-NAME.json`, and made only once."""
         path = self.workdir / f"evaluation-{name}.json"
         if not path.exists():
-            settings = {"batch_size": self.config.eval_batch, "target": False, "shuffle": False, "transcripts": without != "text"}
-            split = self.atlas.split(self.config.atlas.test, **settings)
+            split = self.atlas.split(
+                self.config.atlas.test, batch_size=self.config.eval_batch, target=False, shuffle=False, transcripts=without != "text"
+            )
             generator, steps = self.generator(1, 0.0), split.steps_per_epoch
             batches = (batch for _, batch in progress(split.pipeline.batches(0, steps), f"evaluating {name}", total=steps))
-            if without in ("audio", "video"):
+            if without not in ("", "text"):
                 batches = (blank(batch, without) for batch in batches)
             view = generator.view(parameters(state))
             answers = answer_all(generator, view, batches, split.source, self.atlas.tokenizer, self.mesh)
@@ -85,8 +86,9 @@ class Run:
     def report(self) -> None:
         """Writes `report.html`."""
         if jax.process_index() == 0:
-            config = self.config.atlas
-            path = write_report(self.workdir, self.atlas.source(config.test), self.atlas.source(config.train))
+            curves = {stage: read_metrics(self.workdir / stage / "metrics.jsonl") for stage in ("warm_start", "sft", "rl")}
+            atlas = self.config.atlas
+            path = write_report(self.workdir, curves, test=self.atlas.source(atlas.test), train=self.atlas.source(atlas.train))
             console.print(f"The report is {path.absolute()}")
 
 

@@ -1,0 +1,252 @@
+"""`report.html`: what a run did, on one page that needs nothing else. Media and charts are inside the file."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jinja2
+import numpy as np
+from markupsafe import Markup
+
+from omnisapiens_jax.atlas.labels import HBA, LabelScheme
+from omnisapiens_jax.atlas.schema import Media, Sample
+from omnisapiens_jax.atlas.sources import Source
+from omnisapiens_jax.evaluation.charts import Line, line_chart, smoothed
+from omnisapiens_jax.evaluation.evaluate import MODALITIES, Answer, accuracy, load_answers
+from omnisapiens_jax.evaluation.metrics import Difference, confusion_matrix, dataset_metrics, paired_bootstrap
+from omnisapiens_jax.rl.replay import Rollout, load_rollout
+from omnisapiens_jax.rl.rewards import RewardConfig, extract_prediction
+
+Item = TypeVar("Item")
+Curves = Mapping[str, Sequence[Mapping[str, float]]]  # stage -> lines of its metrics.jsonl
+
+LARGEST_MEDIUM = 2**20  # bytes; what is larger is named, not embedded
+SHOWN = 6  # samples of a gallery
+
+_CHARTS = (
+    # (metric, title, what it says, fixed axis)
+    ("reward", "Reward", "mean over all responses; at most 1.7", None),
+    ("accuracy", "Accuracy of rollouts", "share of sampled responses that are right", (0.0, 1.0)),
+    ("format", "Format", "share that think first and then box an answer", (0.0, 1.0)),
+    ("response_length", "Response length", "tokens, the end token included", None),
+    ("entropy", "Entropy", "of the policy, nats a token", None),
+    ("groups_without_signal", "Groups without signal", "share of prompts whose responses all earned the same", (0.0, 1.0)),
+)
+_MAGIC = (
+    (b"RIFF", 0, "audio/wav"),
+    (b"fLaC", 0, "audio/flac"),
+    (b"OggS", 0, "audio/ogg"),
+    (b"ID3", 0, "audio/mpeg"),
+    (b"ftyp", 4, "video/mp4"),
+    (b"\x1a\x45\xdf\xa3", 0, "video/webm"),
+    (b"\x89PNG", 0, "image/png"),
+    (b"\xff\xd8\xff", 0, "image/jpeg"),
+)
+
+
+def write_report(workdir: Path, curves: Curves, *, test: Source, train: Source, scheme: LabelScheme = HBA) -> Path:
+    """Writes `workdir/report.html` and returns its path. Parts whose files a run does not have are left out.
+
+    Args:
+      workdir: with `config.json`, `evaluation-*.json` and, after RL, `rl/rollouts/*.npz`.
+      curves: metrics of the stages `warm_start`, `sft` and `rl`, as far as they were run.
+      test: the rows that were evaluated.
+      train: the rows that rollouts were sampled for.
+      scheme: what datasets and answers may be.
+    """
+    found = {path.stem.removeprefix("evaluation-"): load_answers(path) for path in sorted(workdir.glob("evaluation-*.json"))}
+    final = next((found[name] for name in ("after", "sft", "before") if name in found), [])
+    first = found["before"] if "before" in found and "after" in found else None
+    blanked = [(m, paired(final, found[name])) for m in MODALITIES if (name := f"after-without-{m}") in found]
+    page = _environment().get_template("report.html.jinja")
+    text = page.render(
+        title=workdir.absolute().name,
+        config=_flat(json.loads((workdir / "config.json").read_text())),
+        count=len(final),
+        accuracy=accuracy(final) if final else None,
+        before=accuracy(first) if first else None,
+        difference=paired(first, final) if first else None,
+        datasets=_datasets(scheme, first, final),
+        blanked=blanked,
+        stages=[(name, len(rows), sum(row["time/seconds"] for row in rows)) for name, rows in curves.items() if rows],
+        losses=[(name, _loss_chart(rows), _best(rows)) for name, rows in curves.items() if rows and name != "rl"],
+        charts=_rl_charts(curves.get("rl", ())),
+        confusions=_confusions(scheme, first, final),
+        rollouts=_rollouts(sorted((workdir / "rl" / "rollouts").glob("*.npz")), train),
+        galleries=_galleries(first, final, test),
+    )
+    path = workdir / "report.html"
+    draft = path.with_suffix(".part")
+    draft.write_text(text, encoding="utf-8")
+    draft.replace(path)
+    return path
+
+
+def paired(before: Sequence[Answer], after: Sequence[Answer]) -> Difference:
+    """Accuracy of `after` minus `before`, with its 95 % interval. Raises ValueError if they did not answer the same samples."""
+    if [answer.id for answer in before] != [answer.id for answer in after]:
+        raise ValueError(f"the two evaluations answered different samples ({len(before)} and {len(after)}): they cannot be compared")
+    return paired_bootstrap(np.array([a.correct for a in before]), np.array([a.correct for a in after]))
+
+
+def _environment() -> jinja2.Environment:
+    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["percent"] = lambda share: f"{100 * share:.1f}"
+    environment.filters["points"] = lambda share: f"{100 * share:+.1f}".replace("-", "\N{MINUS SIGN}")
+    environment.filters["signed"] = lambda number: f"{number:+.2f}".replace("-", "\N{MINUS SIGN}")
+    environment.filters["duration"] = lambda seconds: f"{seconds / 60:.1f} min" if seconds >= 60 else f"{seconds:.0f} s"
+    return environment
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    rows = []
+    for name, value in config.items():
+        rows += _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else [(f"{prefix}{name}", json.dumps(value))]
+    return rows
+
+
+def _datasets(scheme: LabelScheme, first: list[Answer] | None, final: list[Answer]) -> list[dict[str, Any]]:
+    """A row for each dataset, and one for all of them."""
+
+    def measured(answers: list[Answer]) -> dict[str, dict[str, float]]:
+        columns = zip(*[(a.dataset, a.gold, a.prediction) for a in answers], strict=True)
+        return dataset_metrics(scheme, *map(list, columns))
+
+    if not final:
+        return []
+    after, before = measured(final), measured(first) if first else {}
+    rows = []
+    for name in after:
+        own = [i for i, answer in enumerate(final) if answer.dataset == name]
+        golds = {final[i].gold.strip().lower() for i in own}
+        rows.append(
+            {
+                "name": name,
+                "domain": scheme.dataset(name).domain,
+                "count": len(own),
+                "chance": 1 / len(golds),
+                "after": after[name],
+                "before": before.get(name),
+                "difference": paired([first[i] for i in own], [final[i] for i in own]) if first else None,
+            }
+        )
+    return rows
+
+
+def _loss_chart(rows: Sequence[Mapping[str, float]]) -> Markup:
+    steps, losses = [row["step"] for row in rows], [row["loss"] for row in rows]
+    lines = [Line("training loss", steps, losses, "raw"), Line("smoothed", steps, smoothed(losses, max(len(rows) / 20, 1)), "smooth")]
+    measured = [row for row in rows if "validation_loss" in row]
+    if measured:
+        lines.append(Line("validation loss", [row["step"] for row in measured], [row["validation_loss"] for row in measured], "points"))
+    return line_chart("Loss", lines, log=True)
+
+
+def _best(rows: Sequence[Mapping[str, float]]) -> tuple[float, int] | None:
+    """The lowest validation loss and its step."""
+    return min(((row["validation_loss"], int(row["step"]) + 1) for row in rows if "validation_loss" in row), default=None)
+
+
+def _rl_charts(rows: Sequence[Mapping[str, float]]) -> list[tuple[str, str, Markup]]:
+    charts = []
+    steps = [row["step"] for row in rows]
+    for name, title, told, bounds in _CHARTS if rows else ():
+        values = [row[name] for row in rows]
+        lines = [Line("each step", steps, values, "raw"), Line("smoothed", steps, smoothed(values, max(len(rows) / 15, 1)), "smooth")]
+        charts.append((title, told, line_chart(title, lines, bounds=bounds)))
+    return charts
+
+
+def _confusions(scheme: LabelScheme, first: list[Answer] | None, final: list[Answer]) -> list[dict[str, Any]]:
+    """For each domain: its labels that occur, and counts `[C, C + 1]` with their row shares, before and after."""
+    tables = []
+    for head, domain in enumerate(scheme.domains):
+        own = [i for i, answer in enumerate(final) if scheme.dataset(answer.dataset).domain == domain.name]
+        if not own:
+            continue
+        golds = np.array([scheme.index(final[i].dataset, final[i].gold) for i in own])
+        classes = [c for c in scheme.head_classes(head) if c in golds]
+        matrices = []
+        for title, answers in (("before RL", first), ("after RL" if first else "held-out", final)):
+            if answers:
+                predicted = np.array([scheme.prediction(answers[i].dataset, answers[i].prediction) for i in own])
+                counts = confusion_matrix(golds, predicted, classes)
+                matrices.append((title, counts.tolist(), (counts / counts.sum(axis=1, keepdims=True)).tolist()))
+        labels = [scheme.classes[c][1] for c in classes]
+        tables.append({"name": domain.name.replace("_", " "), "labels": labels, "matrices": matrices, "count": len(own)})
+    return tables
+
+
+def _rollouts(paths: list[Path], train: Source) -> list[dict[str, Any]]:
+    """Samples of the last and of the first record, of those that taught something: whose responses earned different rewards."""
+    records = []
+    for path in dict.fromkeys([paths[-1], paths[0]] if paths else []):
+        rollout = load_rollout(path)
+        live = [g for g in range(len(rollout.golds)) if rollout.row_mask[g].any()]
+        telling = [g for g in live if rollout.advantages[g].any()] or live
+        samples = {g: train[int(rollout.sample_ids[g])] for g in live}
+        chosen = _varied(telling, [samples[g].dataset for g in telling])
+        records.append({"step": rollout.step, "groups": [_group(rollout, g, samples[g]) for g in chosen]})
+    return records
+
+
+def _group(rollout: Rollout, g: int, sample: Sample) -> dict[str, Any]:
+    gold, times = sample.answer.strip().lower(), Counter(rollout.texts[g])
+    earned = dict(zip(rollout.texts[g], zip(rollout.rewards[g].tolist(), rollout.advantages[g].tolist(), strict=True), strict=True))
+    responses = [
+        {"text": text, "times": times[text], "right": extract_prediction(text, RewardConfig()) == gold, "reward": reward, "advantage": gain}
+        for text, (reward, gain) in sorted(earned.items(), key=lambda item: -item[1][0])
+    ]
+    return {"sample": _shown(sample), "responses": responses}
+
+
+def _galleries(first: list[Answer] | None, final: list[Answer], test: Source) -> list[dict[str, Any]]:
+    """Held-out samples grouped by what became of them."""
+    if first:
+        pairs = list(zip(first, final, strict=True))
+        kinds = [
+            ("Wrong before, right after", [(a, b) for a, b in pairs if b.correct and not a.correct]),
+            ("Right before, wrong after", [(a, b) for a, b in pairs if a.correct and not b.correct]),
+        ]
+    else:
+        kinds = [(title, [(None, b) for b in final if b.correct == right]) for title, right in (("Right", True), ("Wrong", False))]
+    galleries = []
+    for title, cases in kinds:
+        chosen = _varied(cases, [after.dataset for _, after in cases])
+        shown = [{"sample": _shown(test[after.id]), "before": before, "after": after} for before, after in chosen]
+        galleries.append({"title": title, "count": len(cases), "cases": shown})
+    return galleries
+
+
+def _varied(items: Sequence[Item], kinds: Iterable[str]) -> list[Item]:
+    """The first `SHOWN` items, taking the kinds in turn."""
+    turns: dict[str, int] = {}
+    order = []
+    for place, kind in enumerate(kinds):
+        turns[kind] = turns.get(kind, 0) + 1
+        order.append((turns[kind], place))
+    return [items[place] for _, place in sorted(order)[:SHOWN]]
+
+
+def _shown(sample: Sample) -> dict[str, Any]:
+    media = [_medium(item) for item in (*sample.videos, *sample.images, *sample.audios)]
+    return {**dataclasses.asdict(dataclasses.replace(sample, videos=(), images=(), audios=())), "media": media}
+
+
+def _medium(item: Media) -> dict[str, str]:
+    """A file as a data URL and the element that plays it, or a note why it is not here."""
+    if isinstance(item, Path) and not item.exists():
+        return {"note": f"{item.name} is missing"}
+    data = item if isinstance(item, bytes) else item.read_bytes()
+    kind = next((kind for magic, place, kind in _MAGIC if data[place : place + len(magic)] == magic), None)
+    if kind is None or len(data) > LARGEST_MEDIUM:
+        name = item.name if isinstance(item, Path) else "a medium"
+        return {"note": f"{name} is not embedded: " + ("an unknown kind of file" if kind is None else f"{len(data) / 2**20:.1f} MiB")}
+    return {"element": kind.split("/")[0], "url": f"data:{kind};base64,{base64.b64encode(data).decode()}"}
