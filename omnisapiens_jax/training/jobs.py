@@ -101,7 +101,7 @@ def run(config: ml_collections.ConfigDict, workdir: Path) -> None:
     if config.job not in JOBS:
         raise ValueError(f"unknown job {config.job!r}; known: {', '.join(JOBS)}")
     if jax.process_index() == 0:
-        _claim(workdir, config)
+        claim(workdir, config)
     else:
         console.quiet = True
     Compilations.watch()
@@ -141,7 +141,7 @@ def _sft(run: Run, state: TrainState) -> None:
 JOBS: dict[str, Callable[[Run, TrainState], None]] = {"rl": _rl, "sft": _sft}
 
 
-def _claim(workdir: Path, config: ml_collections.ConfigDict) -> None:
+def claim(workdir: Path, config: ml_collections.ConfigDict) -> None:
     """Writes the config into `workdir`, or checks that the run found there has the same one."""
     path, text = workdir / "config.json", config.to_json_best_effort(indent=2)
     if not path.exists():
