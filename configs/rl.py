@@ -18,7 +18,7 @@ def get_config(size: str = "mini") -> ConfigDict:
             "updates": 1 if mini else 4,  # optimizer steps a rollout is cut into
             "micro_batches": 1 if mini else 8,
             "temperature": 1.0,
-            "steps": 300 if mini else 10_000,
+            "steps": 250 if mini else 10_000,
             "save_every": 25,
             "record_every": 50,  # rollouts kept for replay and for the report; 0 = none
             "optim": defaults.optimizer(lr=2e-4, weight_decay=0.0) if mini else defaults.optimizer(lr=1e-6),

@@ -79,7 +79,7 @@ def sft(size: str) -> ConfigDict:
             "micro_batches": 1 if mini else 16,
             "steps": 1500 if mini else 3000,
             "eval_every": 50,
-            "patience": 4,  # evaluations without a new minimum
+            "patience": 3,  # evaluations without a new minimum
             "optim": optimizer(lr=1e-3, warmup=50) if mini else optimizer(lr=1e-4, warmup=10, b2=0.95, schedule="cosine"),
         }
     )
