@@ -2,7 +2,7 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help rl test test-slow check venvs clean
+.PHONY: help rl learning test test-slow check venvs clean
 
 # Compiling takes most of a first run; the cache outlives the checkout, and small programs are kept too.
 export JAX_COMPILATION_CACHE_DIR ?= $(HOME)/.cache/omnisapiens_jax/jax
@@ -21,6 +21,9 @@ help: ## list the goals
 
 rl: .venv/.run ## warm start, on-device GRPO and report.html in runs/rl
 	$(PY) -m omnisapiens_jax.main --config=configs/rl.py --workdir=runs/rl
+
+learning: .venv/.run ## three seeds of warm start, GRPO and SFT in runs/learning, and their table in README (long)
+	$(PY) benchmarks/learning.py --readme README.md
 
 test: venvs ## all tests but the slow ones
 	$(PYTEST) -m "not slow"
