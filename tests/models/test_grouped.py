@@ -123,6 +123,7 @@ def test_decoding_equals_teacher_forcing(unroll: bool) -> None:
         model: Thinker = nnx.merge(graph, params)
         text = model.config.text
         hidden, prompt_kv = model.decoder.prefill(model.embed(PROMPTS), PROMPTS["positions"], PROMPTS["segment_ids"])
+        assert prompt_kv is not None
         first = last_token(hidden.last, PROMPTS["prompt_length"])
         empty = jnp.zeros((len(LENGTHS) * ROLLOUTS, RESPONSE, text.num_kv_heads, text.head_dim))
         stacked = KeyValue(*(jnp.zeros((text.num_layers, *empty.shape)) for _ in range(2)))
@@ -192,7 +193,9 @@ def test_chunks_of_log_probs_equal_one_chunk() -> None:
     assert_close_leaves(parts[0], whole[0], 1e-5)
     np.testing.assert_allclose(parts[1], whole[1], atol=1e-6)
 
-    logits = np.asarray(hidden, np.float64) @ np.asarray(tiny.thinker().lm_head.kernel[...], np.float64) / 0.7
+    head = tiny.thinker().lm_head
+    assert head is not None
+    logits = np.asarray(hidden, np.float64) @ np.asarray(head.kernel[...], np.float64) / 0.7
     log_probs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     np.testing.assert_allclose(one[0], np.take_along_axis(log_probs, np.asarray(targets)[..., None], -1)[..., 0], atol=1e-5)
     np.testing.assert_allclose(one[1], -(np.exp(log_probs) * log_probs).sum(-1), atol=1e-5)
