@@ -33,7 +33,9 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def save(self, step: int, tree: Any, facts: dict[str, Any]) -> None:
-        """Writes `tree` and the JSON-able `facts` that belong to it."""
+        """Writes `tree` and the JSON-able `facts` that belong to it, in the place of a checkpoint that a killed run left at `step`."""
+        if step in self._manager.all_steps():
+            self._manager.delete(step)
         args = ocp.args.Composite(state=ocp.args.StandardSave(_flat(tree)), facts=ocp.args.JsonSave(facts))
         self._manager.save(step, args=args, force=True)
 
