@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -63,6 +64,11 @@ class Run:
         thinker = nnx.eval_shape(lambda: make_thinker(self.config.model, self.config.seed))
         return Generator(thinker, sampling, unroll=generation.unroll)
 
+    @functools.cached_property
+    def greedy(self) -> Generator:
+        """One likeliest response a prompt; made once, so that a second evaluation compiles nothing."""
+        return self.generator(1, 0.0)
+
     def evaluate(self, name: str, state: TrainState, without: str = "") -> list[Answer]:
         """Greedy answers to the held-out split, one modality taken out or none; kept in `evaluation-NAME.json`, and made only once."""
         path = self.workdir / f"evaluation-{name}.json"
@@ -70,7 +76,7 @@ class Run:
             split = self.atlas.split(
                 self.config.atlas.test, batch_size=self.config.eval_batch, target=False, shuffle=False, transcripts=without != "text"
             )
-            generator, steps = self.generator(1, 0.0), split.steps_per_epoch
+            generator, steps = self.greedy, split.steps_per_epoch
             batches = (batch for _, batch in progress(split.pipeline.batches(0, steps), f"evaluating {name}", total=steps))
             if without not in ("", "text"):
                 batches = (blank(batch, without) for batch in batches)
@@ -89,7 +95,7 @@ class Run:
             curves = {stage: read_metrics(self.workdir / stage / "metrics.jsonl") for stage in ("warm_start", "sft", "rl")}
             atlas = self.config.atlas
             path = write_report(self.workdir, curves, test=self.atlas.source(atlas.test), train=self.atlas.source(atlas.train))
-            console.print(f"The report is {path.absolute()}")
+            console.print(f"The report is {path.absolute()}", soft_wrap=True)
 
 
 def run(config: ml_collections.ConfigDict, workdir: Path) -> None:

@@ -85,6 +85,7 @@ def test_missing_runs_are_run_and_leave_their_pages(tmp_path: Path) -> None:
     def configure(job: str, seed: int) -> ConfigDict:
         made = world.config(job, (8, 1, 1))
         made.seed = seed
+        made.atlas.buckets = 1
         if job == "rl":
             made.rl.steps = 2
             made.rl.record_every = 1
