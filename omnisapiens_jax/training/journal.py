@@ -110,7 +110,8 @@ class Bar:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._progress.stop()
+        if self._progress.live.is_started:  # stopping what was never shown would print an empty line
+            self._progress.stop()
 
     def advance(self, **facts: float) -> None:
         """One step further; `facts` are shown with three digits."""
