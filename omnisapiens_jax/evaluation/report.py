@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import io
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import av
+import av.error
 import jinja2
 import numpy as np
 from markupsafe import Markup
@@ -249,4 +252,20 @@ def _medium(item: Media) -> dict[str, str]:
     if kind is None or len(data) > LARGEST_MEDIUM:
         name = item.name if isinstance(item, Path) else "a medium"
         return {"note": f"{name} is not embedded: " + ("an unknown kind of file" if kind is None else f"{len(data) / 2**20:.1f} MiB")}
-    return {"element": kind.split("/")[0], "url": f"data:{kind};base64,{base64.b64encode(data).decode()}"}
+    element = kind.split("/")[0]
+    return {"element": element, "url": _url(kind, data), "poster": _poster(data) if element == "video" else ""}
+
+
+def _poster(video: bytes) -> str:
+    """The first picture of a video, for a page with more of them than a browser prepares; "" if there is none."""
+    picture = io.BytesIO()
+    try:
+        with av.open(io.BytesIO(video), "r") as container:
+            next(container.decode(video=0)).to_image().save(picture, "JPEG")
+    except (av.error.FFmpegError, IndexError, StopIteration):
+        return ""
+    return _url("image/jpeg", picture.getvalue())
+
+
+def _url(kind: str, data: bytes) -> str:
+    return f"data:{kind};base64,{base64.b64encode(data).decode()}"

@@ -151,6 +151,7 @@ def test_datasets_are_measured_one_by_one(page: Page, test_rows: Source) -> None
 def test_media_are_inside_the_file_whole(page: Page, train_rows: Source) -> None:
     urls = [e["src"] for tag in ("video", "audio", "img") for e in page.all(tag)]
     assert page.all("video") and page.all("audio")
+    assert all(video["poster"].startswith("data:image/jpeg;base64,") for video in page.all("video"))
     assert all(url.startswith(("data:video/mp4;base64,", "data:audio/wav;base64,")) for url in urls)
     wanted = {Path(str(item)).read_bytes() for i in (0, 1) for item in (*train_rows[i].videos, *train_rows[i].audios)}
     assert wanted and wanted <= {base64.b64decode(url.split(",")[1]) for url in urls}
@@ -188,7 +189,7 @@ def test_media_that_cannot_be_embedded_are_named(folder: Path, test_rows: Source
             return len(test_rows)
 
         def __getitem__(self, index: int):
-            media = (Path("/nowhere/lost.wav"), b"RIFF" + bytes(LARGEST_MEDIUM), b"what is this")
+            media = (Path("/nowhere/lost.wav"), b"RIFF" + bytes(LARGEST_MEDIUM), b"what is this", b"\0\0\0\0ftypbroken")
             return dataclasses.replace(test_rows[index], audios=media, videos=(), images=())
 
         def fingerprint(self) -> str:
