@@ -76,6 +76,7 @@ def check(found: Path, wanted: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_a_killed_run_goes_on_to_the_same_bits(tmp_path: Path) -> None:
     """With the embedder in the reward: what it remembers is lost in the kill, and embedded again in other company."""
     alone, killed = tmp_path / "alone", tmp_path / "killed"
