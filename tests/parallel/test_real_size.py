@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.core import jaxprs_in_params
 
 from omnisapiens_jax.models.config import ThinkerConfig
 from omnisapiens_jax.parallel.mesh import divided, make_mesh, on_mesh, shardings
@@ -27,7 +28,7 @@ def sizes(jaxpr: Any) -> Iterator[tuple[int, ...]]:
     """The shape of every value of a program, of those inside its loops too."""
     for equation in jaxpr.eqns:
         yield from (out.aval.shape for out in equation.outvars)
-        for inner in jax.core.jaxprs_in_params(equation.params):
+        for inner in jaxprs_in_params(equation.params):
             yield from sizes(inner)
 
 
