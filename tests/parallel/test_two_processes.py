@@ -17,8 +17,8 @@ from omnisapiens_jax.rl.replay import load_rollout
 from omnisapiens_jax.training.journal import read_metrics
 
 
-def launch(processes: str, folder: Path) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "tests.parallel.two_processes", processes, str(folder)]
+def launch(processes: str, stage: str, folder: Path) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "tests.parallel.two_processes", processes, stage, str(folder)]
     root = Path(__file__).parents[2]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])}
     return subprocess.Popen(command, cwd=root, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -30,23 +30,31 @@ def finish(*running: subprocess.Popen[str]) -> None:
         assert process.returncode == 0, said[-4000:]
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(1800)
-def test_two_processes_are_one(tmp_path: Path) -> None:
+def run_both_ways(stage: str, folder: Path) -> tuple[Path, Path]:
+    """Folders of one process of eight devices, and of two of four."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    alone, together = tmp_path / "alone", tmp_path / "together"
-    for folder in (alone, together):
-        folder.mkdir()
-    finish(launch("", alone))
-    finish(*(launch(f"{address},2,{i}", together) for i in range(2)))
+    alone, together = folder / "alone", folder / "together"
+    for each in (alone, together):
+        each.mkdir()
+    finish(launch("", stage, alone))
+    finish(*(launch(f"{address},2,{i}", stage, together) for i in range(2)))
+    return alone, together
 
+
+def test_gradients_of_two_processes_are_those_of_one(tmp_path: Path) -> None:
+    alone, together = run_both_ways("sft", tmp_path)
     with np.load(alone / "sft.npz") as wanted, np.load(together / "sft.npz") as found:
         assert set(wanted.files) == set(found.files) and len(wanted.files) > 50
         for name in wanted.files:
             assert np.abs(found[name] - wanted[name]).max() <= 1e-5 * np.abs(wanted[name]).max(), name
 
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_grpo_of_two_processes_is_that_of_one(tmp_path: Path) -> None:
+    alone, together = run_both_ways("grpo", tmp_path)
     ours, theirs = (read_metrics(folder / "rl" / "metrics.jsonl") for folder in (together, alone))
     assert [row["step"] for row in ours] == [0, 1]
     for name in set(theirs[0]) - {"time/seconds", "time/compilations"}:  # the first rollout and its update, before Adam
