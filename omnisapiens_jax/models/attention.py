@@ -42,8 +42,6 @@ def attend(
       block: queries handled at once; the score buffer is `[B, N, block, S]`.
     """
     length = query.shape[1]
-    if length <= block:
-        return _attend_block(query, key, value, query_segments, key_segments, 0 if causal else None)
     step = jax.checkpoint(_attend_block, static_argnums=(5,))  # scores are recomputed in the backward pass, not kept
     parts = []
     for start in range(0, length, block):
@@ -59,7 +57,7 @@ def attend(
                 start if causal else None,
             )
         )
-    return Attended(*(jnp.concatenate(leaves, axis=1) for leaves in zip(*parts, strict=True)))
+    return parts[0] if len(parts) == 1 else Attended(*(jnp.concatenate(leaves, axis=1) for leaves in zip(*parts, strict=True)))
 
 
 def _attend_block(
@@ -68,18 +66,22 @@ def _attend_block(
     """Attention of one block of queries; `offset` is the index of the first query when causal."""
     batch, length, heads, width = query.shape
     kv_heads = key.shape[2]
-    grouped = query.reshape(batch, length, kv_heads, heads // kv_heads, width)
-    scores = jnp.einsum("btkgh,bskh->bkgts", grouped, key, preferred_element_type=jnp.float32) * width**-0.5
+    # Heads first, queries of a key head together: the products then come out as they are read, and no [T, S] array is transposed.
+    grouped = jnp.moveaxis(query.reshape(batch, length, kv_heads, -1, width), 1, 3).reshape(batch, kv_heads, -1, width)
+    key, value = jnp.swapaxes(key, 1, 2), jnp.swapaxes(value, 1, 2)
+    scores = jnp.einsum("bkqh,bksh->bkqs", grouped, key, preferred_element_type=jnp.float32) * width**-0.5
+    scores = scores.reshape(batch, kv_heads, heads // kv_heads, length, -1)
     allowed = (query_segments[:, :, None] == key_segments[:, None, :]) & (key_segments > 0)[:, None, :]
     if offset is not None:
-        allowed &= jnp.arange(key.shape[1])[None, :] <= jnp.arange(offset, offset + length)[:, None]
+        allowed &= jnp.arange(key.shape[2])[None, :] <= jnp.arange(offset, offset + length)[:, None]
     scores = jnp.where(allowed[:, None, None], scores, _MASKED)
     peak = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
     weights = jnp.exp(scores - peak)
     total = jnp.sum(weights, axis=-1, keepdims=True)
-    out = jnp.einsum("bkgts,bskh->btkgh", (weights / total).astype(value.dtype), value)
+    flat = (weights / total).astype(value.dtype).reshape(batch, kv_heads, -1, key.shape[2])
+    out = jnp.einsum("bkqs,bksh->bkqh", flat, value).reshape(batch, kv_heads, -1, length, width)
     lse = (jnp.log(total) + peak)[..., 0]  # [B, K, G, T]
-    return Attended(out.reshape(batch, length, heads, width), jnp.moveaxis(lse, -1, 1).reshape(batch, length, heads))
+    return Attended(jnp.moveaxis(out, 3, 1).reshape(batch, length, heads, width), jnp.moveaxis(lse, 3, 1).reshape(batch, length, heads))
 
 
 def join(first: Attended, second: Attended) -> jax.Array:

@@ -33,9 +33,10 @@ def lm_loss(thinker: Thinker, batch: Batch) -> tuple[jax.Array, jax.Array]:
         log_probs, _ = token_log_probs(thinker, hidden, jnp.maximum(targets, 0))
         return -jnp.sum(jnp.where(targets >= 0, log_probs, 0.0))
 
+    @jax.checkpoint  # around the condition: what a branch keeps for the backward pass, the head among it, would be stacked once a chunk
     def chunk(total: jax.Array, part: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
         hidden, targets = part
-        loss = jax.lax.cond(jnp.any(targets >= 0), jax.checkpoint(some), lambda *_: jnp.zeros((), jnp.float32), hidden, targets)
+        loss = jax.lax.cond(jnp.any(targets >= 0), some, lambda *_: jnp.zeros((), jnp.float32), hidden, targets)
         return total + loss, None
 
     def parts(x: jax.Array) -> jax.Array:  # [B, T, ...] -> [T / chunk, B, chunk, ...]
