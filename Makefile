@@ -13,7 +13,7 @@ export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 PY := .venv/bin/python
-PYTEST := OMNISAPIENS_ORACLE_PYTHON=$(CURDIR)/.venv-oracle/bin/python $(PY) -m pytest
+PYTEST := OMNISAPIENS_ORACLE_PYTHON=$(CURDIR)/.venv-oracle/bin/python $(PY) -m pytest -n 2 --dist loadfile
 INSTALL := -m pip install --quiet --progress-bar off
 
 help: ## list the goals
@@ -30,6 +30,9 @@ test: venvs ## all tests but the slow ones
 
 test-slow: venvs ## the slow tests: whole runs, long comparisons
 	$(PYTEST) -m slow
+
+bench: venvs ## speed and memory beside transformers on torch, as a table
+	OMNISAPIENS_ORACLE_PYTHON=$(CURDIR)/.venv-oracle/bin/python $(PY) benchmarks/speed.py
 
 check: .venv/.test ## lint, formatting and types
 	$(PY) -m ruff check .
