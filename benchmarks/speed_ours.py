@@ -1,0 +1,99 @@
+"""Our side of `speed.py`: `python speed_ours.py FOLDER`, a Hugging Face directory with `lora.npz` beside the weights.
+
+Everything runs as the jobs run it on a CPU: prefill and decoding on the unrolled view, training under the scan.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from speed_child import CLIP, LEARNING_RATE, LORA_ALPHA, LORA_RANK, WEIGHT_DECAY, Case, factors, serve
+
+from omnisapiens_jax import defaults
+from omnisapiens_jax.convert import huggingface
+from omnisapiens_jax.convert.checkpoint import put_params
+from omnisapiens_jax.generation.sampling import Generator, Sampling, rollout_keys
+from omnisapiens_jax.models.layers import LORA_TARGETS, LoraConfig, LoraParam
+from omnisapiens_jax.models.thinker import Thinker, last_token
+from omnisapiens_jax.processing.example import Bucket, collate, lay_out
+from omnisapiens_jax.training.sft import sft_step
+from omnisapiens_jax.training.state import TrainState, make_optimizer
+
+
+def main(folder: Path) -> None:
+    """Serves the cases."""
+    tasks = {"prefill": prefill, "train": train, "decode": decode}
+    serve(lambda case: tasks[case.task](folder, case))
+
+
+def prefill(folder: Path, case: Case) -> Callable[[], np.ndarray]:
+    """The keys and values of the prompt, and the logits of its last token `[B, V]`."""
+    thinker = load(folder)
+    thinker.decoder.layers.unroll()
+    graph, params = nnx.split(thinker)
+    batch = text_batch(thinker, case)
+
+    @jax.jit
+    def compiled(params: nnx.State, batch: dict[str, jax.Array]) -> tuple[jax.Array, object]:
+        thinker: Thinker = nnx.merge(graph, params)
+        hidden, cache = thinker.decoder.prefill(thinker.embed(batch), batch["positions"], batch["segment_ids"])
+        return thinker.logits(last_token(hidden.last, batch["prompt_length"])), cache
+
+    return lambda: np.asarray(jax.block_until_ready(compiled(params, batch))[0])
+
+
+def decode(folder: Path, case: Case) -> Callable[[], np.ndarray]:
+    """Greedy tokens `[B, new]`."""
+    thinker = load(folder)
+    batch = text_batch(thinker, case)
+    generator = Generator(thinker, Sampling(rollouts=1, max_tokens=case.new, temperature=0.0, eos=(), pad=0), unroll=True)
+    view = generator.view(nnx.state(thinker))
+    keys = rollout_keys(0, 0, jnp.arange(case.batch), 1)
+    return lambda: np.asarray(generator(view, batch, keys).tokens)[:, 0]
+
+
+def train(folder: Path, case: Case) -> Callable[[], np.ndarray]:
+    """One update of the LoRA factors on the cross-entropy of every token; gives the loss."""
+    thinker = load(folder, LoraConfig(LORA_RANK, LORA_ALPHA, {"decoder": LORA_TARGETS["decoder"]}))
+    optimizer = make_optimizer(defaults.optimizer(lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, clip=CLIP), 0)
+    batch = text_batch(thinker, case)
+    graph, trainable, frozen = nnx.split(thinker, LoraParam, ...)
+    states = [TrainState(jnp.zeros((), jnp.int32), trainable, frozen, optimizer.init(trainable))]
+    compiled = jax.jit(functools.partial(sft_step, graph, optimizer, 1), donate_argnums=0)
+
+    def run() -> np.ndarray:
+        state, metrics = compiled(states.pop(), batch)
+        states.append(jax.block_until_ready(state))
+        return np.asarray(metrics["loss"])
+
+    return run
+
+
+def load(folder: Path, lora: LoraConfig | None = None) -> Thinker:
+    """The thinker of the directory; LoRA's A factors as given, B zero."""
+    imported = huggingface.read(folder)
+    thinker = nnx.eval_shape(lambda: Thinker(imported.config, rngs=nnx.Rngs(0), lora=lora))
+    put_params(thinker, imported.params)
+    given = factors(folder)
+    for path, variable in nnx.to_flat_state(nnx.state(thinker, LoraParam)):
+        first = given[str(path[-2])] if path[-1] == "lora_a" else np.zeros(variable.shape, np.float32)
+        variable.set_value(jnp.asarray(first))
+    return thinker
+
+
+def text_batch(thinker: Thinker, case: Case) -> dict[str, jax.Array]:
+    """The rows of a case, every token of them a target."""
+    positions = np.tile(np.arange(case.length, dtype=np.int32), (3, 1))
+    rows = [lay_out(row, row, positions, case.length, [], [], thinker.config) for row in case.ids()]
+    return {name: jnp.asarray(value) for name, value in collate(rows, Bucket(case.length, 0, 0, 0, 0, 0), thinker.config).items()}
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
