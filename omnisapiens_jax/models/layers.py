@@ -84,8 +84,12 @@ class Build:
     def param(
         self, init: Callable[..., jax.Array], rngs: nnx.Rngs, shape: tuple[int, ...], names: Names, kind: type[nnx.Param] = nnx.Param
     ) -> nnx.Param:
-        """A parameter with its logical axis names; it is laid out on a mesh later, by jit, not when it is made."""
-        return kind(init(rngs.params(), shape, self.param_dtype), out_sharding=names, eager_sharding=False)
+        """A parameter with its logical axis names; it is laid out on a mesh later, by jit, not when it is made.
+
+        LoRA factors are float32 whatever the base is stored in: an update of 1e-6 would vanish in bfloat16.
+        """
+        dtype = jnp.float32 if kind is LoraParam else self.param_dtype
+        return kind(init(rngs.params(), shape, dtype), out_sharding=names, eager_sharding=False)
 
 
 @jax.custom_vjp
