@@ -30,19 +30,38 @@ def main(argv: list[str]) -> None:
     jobs.run(_CONFIG.value, Path(_WORKDIR.value))
 
 
+_FLAG = ("--config", "-config")
+
+
+def _arguments(given: list[str]) -> list[str]:
+    """The command line with bundled configs as paths; `--config rl` is `--config=rl`."""
+    joined: list[str] = []
+    for argument in given:
+        if joined and joined[-1] in _FLAG:
+            joined[-1] += f"={argument}"
+        else:
+            joined.append(argument)
+    return [*map(_bundled, joined)]
+
+
 def _bundled(argument: str) -> str:
     """`--config=rl:7b` -> `--config=<where the package keeps configs>/rl.py:7b`; any other argument as it is."""
     flag, _, value = argument.partition("=")
     name, colon, size = value.partition(":")
-    if flag not in ("--config", "-config") or not name.isidentifier():
+    if flag not in _FLAG or not name.isidentifier():
         return argument
+    known = sorted(path.stem for path in resource("configs").glob("*.py"))
+    if name not in known:
+        sys.exit(f"no config {name!r} travels with the package; known: {', '.join(known)}. A file of your own: --config=./{name}.py")
     return f"{flag}={resource(f'configs/{name}.py')}{colon}{size}"
 
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file or bundled name, with :size where it takes one.", lock_config=True)
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "Config file or bundled name (rl, sft), and :size (mini, 3b, 7b). --config.NAME=VALUE sets one value.", lock_config=True
+)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; a run found there goes on.", required=True)
 _PROCESSES = flags.DEFINE_string("processes", "", "Of a run over several hosts: 'auto' (as the cluster says) or 'HOST:PORT,N,I'.")
 
 if __name__ == "__main__":
     flags.mark_flag_as_required("config")
-    app.run(main, argv=[sys.argv[0], *map(_bundled, sys.argv[1:])])
+    app.run(main, argv=[sys.argv[0], *_arguments(sys.argv[1:])])
