@@ -36,7 +36,7 @@ def base(size: str) -> ConfigDict:
             "path": "",  # the folder of the splits; empty = the miniature atlas, made on first use
             "samples": 3000,  # of the miniature atlas
             "seed": 0,
-            "train": "train.jsonl",  # a .jsonl or .parquet file, or a folder of .parquet shards
+            "train": "train.jsonl",  # a .jsonl or .parquet file, or `train` for shards train-*.parquet
             "validation": "validation.jsonl",
             "test": "test.jsonl",
             "max_tokens": 256 if mini else 4096,

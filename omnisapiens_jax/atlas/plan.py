@@ -97,7 +97,7 @@ class Planner:
     def __init__(self, index: Index, buckets: tuple[Bucket, ...], config: PlanConfig) -> None:
         """Args:
             index: the samples.
-            buckets: the allowed shapes, cheapest first (`buckets.choose_buckets` orders them so).
+            buckets: the allowed shapes, cheapest first (`bucketing.choose_buckets` orders them so).
             config: how to batch.
 
         Raises:

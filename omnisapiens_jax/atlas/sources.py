@@ -40,8 +40,8 @@ def open_source(path: str | Path) -> Source:
         if shards and all(shard.is_file() and shard.suffix == ".parquet" for shard in shards):
             return ParquetSource(shards)
     raise FileNotFoundError(
-        f"no atlas at {path}: expected a .jsonl or .parquet file, or a split's name, of which {path.parent} holds the file "
-        f"{path.name}.jsonl, {path.name}.parquet or shards {path.name}-*.parquet"
+        f"no atlas at {path}: expected a .jsonl or .parquet file, or a split's name such as {path.with_name(path.stem)}, which stands for "
+        f"the file {path.stem}.jsonl, {path.stem}.parquet or shards {path.stem}-*.parquet"
     )
 
 

@@ -57,9 +57,11 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, *, devices: list[A
     """A mesh of all devices (or of `devices`) with automatic sharding propagation; `data=-1` takes what the other axes leave.
 
     Raises:
-      ValueError: the axes do not multiply to the number of devices.
+      ValueError: an axis is below 1, or they do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else devices
+    if fsdp < 1 or tensor < 1 or (data < 1 and data != -1):
+        raise ValueError(f"mesh data={data} x fsdp={fsdp} x tensor={tensor}: every axis must be at least 1 (data may be -1: what is left)")
     if data == -1:
         data = max(len(devices) // (fsdp * tensor), 1)
     if data * fsdp * tensor != len(devices):

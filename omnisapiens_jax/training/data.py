@@ -14,7 +14,6 @@ import numpy as np
 from omnisapiens_jax import resources
 from omnisapiens_jax.atlas.bucketing import SlotCost, choose_buckets
 from omnisapiens_jax.atlas.lengths import length_index, shortened
-from omnisapiens_jax.atlas.miniature import generate
 from omnisapiens_jax.atlas.pipeline import Pipeline, PipelineConfig
 from omnisapiens_jax.atlas.plan import Index, PlanConfig, Planner
 from omnisapiens_jax.atlas.recipe import Recipe
@@ -46,15 +45,32 @@ class Split:
         """The samples of a batch's slots, None where a slot is masked."""
         return [self.source[i] if i >= 0 else None for i in batch["index"].tolist()]
 
+    def tell_faults(self) -> None:
+        """Prints which rows this process could not use although they were measured; their slots were masked."""
+        if self.pipeline.faults:
+            console.print(self.pipeline.faults.report())
+
 
 class Atlas:
     """Opens splits on demand. All of them share one tokenizer and one way of reading media."""
 
     def __init__(self, config: ml_collections.ConfigDict, model: ThinkerConfig):
-        """`config` is the whole run's; the miniature atlas is generated first if `config.atlas.path` is empty."""
+        """`config` is the whole run's; the miniature atlas is generated first if `config.atlas.path` is empty.
+
+        Raises:
+          FileNotFoundError: a split or the tokenizer is not there.
+          ValueError: the tokenizer is not the model's.
+        """
         self._config, self._model = config, model
         self.tokenizer = open_tokenizer(config.model.weights)
+        if self.tokenizer.ids != model.tokens:
+            raise ValueError(
+                f"the vocabulary {'of ' + config.model.weights if config.model.weights else 'bundled for mini'} is not that of the model "
+                f"({config.model.preset}): name a checkpoint with its tokenizer beside it, --config.model.weights=DIR"
+            )
         self._root = Path(config.atlas.path) if config.atlas.path else self._miniature()
+        for name in (config.atlas.train, config.atlas.validation, config.atlas.test):
+            self.source(name)  # what is missing is told now, not when its turn comes
         self._cache = resources.cache() / "lengths"
         self._options = ProcessingConfig(
             **{**config.processing.to_dict(), "format_prompt": FORMAT_PROMPTS[config.processing.format_prompt]}
@@ -96,6 +112,8 @@ class Atlas:
         return open_source(self._root / name)
 
     def _miniature(self) -> Path:
+        from omnisapiens_jax.atlas.miniature import generate  # needs the extra `atlas`, which a run on another atlas does not
+
         atlas = self._config.atlas
         with Bar("making the miniature atlas", total=atlas.samples, at_once=False) as bar:
             return generate.atlas(atlas.samples, atlas.seed, cache=resources.cache(), progress=lambda done, _: bar.reach(done))

@@ -15,15 +15,16 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from omnisapiens_jax.atlas.plan import Index
-from omnisapiens_jax.evaluation.evaluate import Answer, accuracy, answer_all, blank, load_answers, save_answers
+from omnisapiens_jax.evaluation.evaluate import MODALITIES, Answer, accuracy, answer_all, blank, load_answers, save_answers
 from omnisapiens_jax.evaluation.report import write_report
 from omnisapiens_jax.generation.sampling import Generator, Sampling
 from omnisapiens_jax.parallel.mesh import make_mesh, on_mesh
+from omnisapiens_jax.rl.loss import PolicyLossConfig
 from omnisapiens_jax.rl.similarity import Similarity
 from omnisapiens_jax.training import rl, sft
 from omnisapiens_jax.training.data import Atlas, Rows
 from omnisapiens_jax.training.journal import Compilations, console, progress, read_metrics
-from omnisapiens_jax.training.state import TrainState, create_state, make_thinker, parameters, thinker_config
+from omnisapiens_jax.training.state import TrainState, create_state, make_optimizer, make_thinker, parameters, thinker_config
 
 
 def _third(index: Index) -> np.ndarray:
@@ -48,7 +49,10 @@ class Run:
         atlas = self.config.atlas
         train = self.atlas.split(atlas.train, batch_size=stage.batch_size, target=True, shuffle=True, rows=ROWS[stage.rows])
         validation = self.atlas.split(atlas.validation, batch_size=self.config.eval_batch, target=True, shuffle=False)
-        return sft.fit(stage, self.workdir / folder, self.graph, state, train, validation, self.mesh)
+        state = sft.fit(stage, self.workdir / folder, self.graph, state, train, validation, self.mesh)
+        for split in (train, validation):
+            split.tell_faults()
+        return state
 
     def generator(self, rollouts: int, temperature: float) -> Generator:
         """A sampler for this run's thinker."""
@@ -82,6 +86,7 @@ class Run:
                 batches = (blank(batch, without) for batch in batches)
             view = generator.view(parameters(state))
             answers = answer_all(generator, view, batches, split.source, self.atlas.tokenizer, self.mesh)
+            split.tell_faults()
             if jax.process_index() == 0:
                 save_answers(path, answers)
         else:
@@ -102,37 +107,38 @@ def run(config: ml_collections.ConfigDict, workdir: Path) -> None:
     """Runs the job that `config.job` names in `workdir`.
 
     Raises:
-      ValueError: the job is unknown, or `workdir` holds a run of another config.
+      ValueError: a setting is none of those there are, or `workdir` holds a run of another config.
     """
-    if config.job not in JOBS:
-        raise ValueError(f"unknown job {config.job!r}; known: {', '.join(JOBS)}")
+    check(config)
     if jax.process_index() == 0:
         claim(workdir, config)
     else:
         console.quiet = True
     Compilations.watch()
     mesh = make_mesh(**config.mesh)
+    atlas = Atlas(config, thinker_config(config.model))
     with on_mesh(mesh):
         graph, state = create_state(config.model, config.seed, mesh)
         size = sum(leaf.size for leaf in jax.tree.leaves(parameters(state)))
         trained = sum(leaf.size for leaf in jax.tree.leaves(state.trainable))
         console.print(f"{size:,} parameters, {trained:,} trained, on {mesh.size} {jax.default_backend()} device(s) {dict(mesh.shape)}")
-        JOBS[config.job](Run(config, workdir, mesh, Atlas(config, thinker_config(config.model)), graph), state)
+        JOBS[config.job](Run(config, workdir, mesh, atlas, graph), state)
 
 
 def _rl(run: Run, state: TrainState) -> None:
     config = run.config
+    similarity = Similarity.load() if config.rl.reward.similarity else None  # what may have to be fetched, before the long work
     if config.warm_start.rows != "none":
         state = run.fit(config.warm_start, "warm_start", state)
     run.evaluate("before", state)
     prompts = run.atlas.split(config.atlas.train, batch_size=config.rl.prompts, target=False, shuffle=True, rows=ROWS[config.rl.rows])
     generator = run.generator(config.rl.rollouts, config.rl.temperature)
-    similarity = Similarity.load() if config.rl.reward.similarity else None
     if similarity is not None:
         similarity.warm_up()
     state = rl.improve(
         config.rl, config.seed, run.workdir / "rl", run.graph, state, generator, prompts, run.atlas.tokenizer, similarity, run.mesh
     )
+    prompts.tell_faults()
     run.evaluate("after", state)
     for modality in config.blanked:
         run.evaluate(f"after-without-{modality}", state, modality)
@@ -147,10 +153,33 @@ def _sft(run: Run, state: TrainState) -> None:
 JOBS: dict[str, Callable[[Run, TrainState], None]] = {"rl": _rl, "sft": _sft}
 
 
+def check(config: ml_collections.ConfigDict) -> None:
+    """Looks at the settings that are first read after hours of a run.
+
+    Raises:
+      ValueError: one has a value that it cannot have; names those it can.
+    """
+    wanted = [("job", config.job, JOBS), *(("blanked", modality, MODALITIES) for modality in config.blanked)]
+    for name in ("warm_start", "rl", "sft"):
+        if name in config:
+            wanted.append((f"{name}.rows", config[name].rows, (*ROWS, "none") if name == "warm_start" else ROWS))
+            make_optimizer(config[name].optim, config[name].steps)
+    for name, value, known in wanted:
+        if value not in known:
+            raise ValueError(f"unknown config.{name} {value!r}; known: {', '.join(known)}")
+    if "rl" in config:
+        PolicyLossConfig(**config.rl.loss)
+        if config.rl.temperature <= 0:
+            raise ValueError(f"config.rl.temperature {config.rl.temperature} must be above 0: greedy responses are all alike")
+
+
 def claim(workdir: Path, config: ml_collections.ConfigDict) -> None:
-    """Writes the config into `workdir`, or checks that the run found there has the same one."""
+    """Writes the config into `workdir`, or checks that the run found there has the same one.
+
+    A run that ended before it made anything leaves nothing but its config, and the place free.
+    """
     path, text = workdir / "config.json", config.to_json_best_effort(indent=2)
-    if not path.exists():
+    if not path.exists() or list(workdir.iterdir()) == [path]:
         workdir.mkdir(parents=True, exist_ok=True)
         draft = path.with_suffix(".part")
         draft.write_text(text)

@@ -63,9 +63,10 @@ def fit(
                         best.save(step + 1, state, progress)
                     waited = (step + 1 - progress["best_step"]) // config.eval_every
                     progress["finished"] = waited >= config.patience or step + 1 == config.steps
-                    checkpoints.save(step + 1, state, progress)
                 written = journal.write(step, metrics)
                 check_finite(step, written)
+                if "validation_loss" in metrics:
+                    checkpoints.save(step + 1, state, progress)  # after the line of this step, which a kill in between would lose
                 bar.advance(loss=written["loss"], best=progress["best_loss"])
                 if progress["finished"]:
                     break

@@ -103,11 +103,33 @@ def test_a_finished_run_has_nothing_to_do(here: world.World, alone: Path, monkey
 
 def test_a_folder_of_another_run_is_refused(tmp_path: Path) -> None:
     first, second = world.config(), world.config(rl__steps=5, seed=1)
-    jobs.claim(tmp_path / "run", first)
+    jobs.claim(tmp_path / "run", second)
+    jobs.claim(tmp_path / "run", first)  # the other ended before it made anything: its place is free
+    (tmp_path / "run" / "rl").mkdir()
     jobs.claim(tmp_path / "run", first)
     with pytest.raises(ValueError, match=r"run holds a run with another config \(differs in rl, seed\): name another --workdir"):
         jobs.claim(tmp_path / "run", second)
     assert json.loads((tmp_path / "run" / "config.json").read_text())["seed"] == 0
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "told"),
+    [
+        ("job", "dream", "unknown config.job 'dream'; known: rl, sft"),
+        ("warm_start.rows", "half", "unknown config.warm_start.rows 'half'; known: all, third, rest, none"),
+        ("rl.rows", "none", "unknown config.rl.rows 'none'; known: all, third, rest"),
+        ("blanked", ("smell",), "unknown config.blanked 'smell'; known: text, audio, video"),
+        ("rl.temperature", 0.0, "config.rl.temperature 0.0 must be above 0"),
+        ("rl.optim.schedule", "linear", "unknown optim.schedule 'linear'; known: constant, cosine"),
+        ("rl.loss.aggregation", "sum", "unknown aggregation 'sum'"),
+    ],
+)
+def test_a_wrong_setting_is_told_before_anything_is_done(setting: str, value: Any, told: str, tmp_path: Path) -> None:
+    made = world.config()
+    made.update_from_flattened_dict({setting: value})
+    with pytest.raises(ValueError, match=told):
+        jobs.run(made, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(("saved", "restored"), [((2, 2, 2), (1, 8, 1)), ((2, 2, 2), (1, 1, 1))])
