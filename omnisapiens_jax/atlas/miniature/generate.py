@@ -24,6 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import soundfile
 
+from omnisapiens_jax import resources
 from omnisapiens_jax.atlas.miniature import face, speech, words
 from omnisapiens_jax.atlas.miniature.script import DATASETS, Row, write_script
 from omnisapiens_jax.atlas.miniature.words import SPLITS
@@ -36,9 +37,8 @@ Progress = Callable[[int, int], None]  # rows done, rows in all
 
 
 def atlas(samples: int = SAMPLES, seed: int = SEED, *, cache: Path | None = None, progress: Progress | None = None) -> Path:
-    """The folder of the atlas with these arguments, made on first use under `cache` (default `~/.cache/omnisapiens_jax`)."""
-    cache = Path.home() / ".cache" / "omnisapiens_jax" if cache is None else cache
-    target = cache / f"atlas-{VERSION}-{seed}-{samples}"
+    """The folder of the atlas with these arguments, made on first use under `cache` (default `resources.cache()`)."""
+    target = (cache or resources.cache()) / f"atlas-{VERSION}-{seed}-{samples}"
     return target if target.exists() else generate(target, samples, seed, progress=progress)
 
 

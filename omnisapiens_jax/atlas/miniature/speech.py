@@ -10,9 +10,16 @@ import _ctypes
 import ctypes
 import dataclasses
 
-import espeakng_loader
 import numpy as np
 import soxr
+
+try:
+    import espeakng_loader
+except ModuleNotFoundError as reason:
+    raise ModuleNotFoundError(
+        "the miniature atlas is spoken by eSpeak NG, which is not installed: pip install 'omnisapiens-jax[atlas]', or name an atlas of "
+        "your own with --config.atlas.path=DIR"
+    ) from reason
 
 RATE = 16_000  # Hz, of everything this module returns
 LONGEST = 1.7  # seconds; a longer utterance is spoken again, faster
