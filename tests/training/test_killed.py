@@ -141,7 +141,8 @@ def test_a_checkpoint_fits_any_mesh(here: world.World, saved: world.Mesh3, resto
     policy = here.state._replace(opt_state=jax.eval_shape(optimizer.init, here.state.trainable))
     random = np.random.default_rng(0)
     policy = jax.tree.map(lambda leaf: random.integers(0, 99, leaf.shape).astype(leaf.dtype), policy)
-    first, other = on(saved, policy), on(restored, jax.tree.map(np.zeros_like, policy))
+    empty = jax.tree.map(np.zeros_like, policy)._replace(frozen=policy.frozen)  # frozen parameters come from where the model does
+    first, other = on(saved, policy), on(restored, empty)
     with Checkpoints(tmp_path) as checkpoints:
         assert checkpoints.latest is None
         checkpoints.save(3, first, {"next_step": 3})
