@@ -92,7 +92,8 @@ def create_state(model: ml_collections.ConfigDict, seed: int, mesh: Mesh) -> tup
 
     with on_mesh(mesh):
         params = load_params(model.weights, target=_targets(abstract, mesh)) if model.weights else None
-        state = jax.jit(init, out_shardings=shardings(jax.eval_shape(init, params), mesh))(params)
+        # Donated, so that a checkpoint's parameters are not on the devices twice.
+        state = jax.jit(init, out_shardings=shardings(jax.eval_shape(init, params), mesh), donate_argnums=0)(params)
     return nnx.graphdef(abstract), state
 
 
