@@ -120,7 +120,8 @@ def token_log_probs(
     """
 
     def some(hidden: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
-        log_probs = jax.nn.log_softmax(shard(thinker.logits(hidden) / temperature, None, "act_vocab"), axis=-1)
+        # A chunk's tokens are divided like rows, or every device would make the logits of all of them.
+        log_probs = jax.nn.log_softmax(shard(thinker.logits(hidden) / temperature, "batch", "act_vocab"), axis=-1)
         picked = jnp.take_along_axis(log_probs, targets[:, None], axis=-1)[:, 0]
         return picked, -jnp.sum(jnp.exp(log_probs) * log_probs, axis=-1)
 

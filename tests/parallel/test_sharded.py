@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
-from omnisapiens_jax.parallel.mesh import make_mesh, on_mesh, put_batch
+from omnisapiens_jax.models.thinker import Thinker, token_log_probs
+from omnisapiens_jax.parallel.mesh import divided, make_mesh, on_mesh, put_batch, shardings
 from omnisapiens_jax.rl.loss import PolicyLossConfig
 from omnisapiens_jax.rl.replay import load_rollout, save_rollout
 from omnisapiens_jax.training import rl, sft
+from tests import tiny
 from tests.training import world
 
 BOUND = 1e-5  # times the largest gradient of a leaf
@@ -93,6 +98,25 @@ def test_a_grpo_step_is_the_same_in_micro_batches(replay: Path) -> None:
     check(grpo_gradients(ONE, replay, 2), grpo_gradients(ONE, replay))
 
 
+def test_no_device_makes_the_logits_of_a_whole_chunk() -> None:
+    vocabulary, chunk, mesh = 16_384, 1024, world.mesh_of((1, 4, 1))
+    config = dataclasses.replace(tiny.TINY, text=dataclasses.replace(tiny.TINY.text, vocab_size=vocabulary))
+    graph, params = nnx.split(nnx.eval_shape(lambda: Thinker(config, rngs=nnx.Rngs(0))))
+    params = jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), params, shardings(params, mesh))
+
+    def loss(params: nnx.State, hidden: jax.Array, targets: jax.Array) -> jax.Array:
+        return token_log_probs(nnx.merge(graph, params), hidden, targets, chunk=chunk)[0].sum()
+
+    shape = (8, 4, 128)
+    hidden = jax.ShapeDtypeStruct((*shape, config.text.hidden_size), jnp.float32, sharding=divided(mesh))
+    targets = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=divided(mesh))
+    with on_mesh(mesh):
+        compiled = jax.jit(jax.grad(loss, argnums=1)).lower(params, hidden, targets).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < chunk * vocabulary * 4
+
+
 def test_a_wrong_mesh_is_named() -> None:
+    with pytest.raises(ValueError, match="fsdp=0 x tensor=1: every axis must be at least 1"):
+        make_mesh(-1, 0, 1)
     with pytest.raises(ValueError, match="mesh data=2 x fsdp=3 x tensor=1 needs 6 devices; there are 8"):
         make_mesh(2, 3, 1)
