@@ -1,6 +1,6 @@
 """Projections, norms, rotary angles and the stack of layers that every tower is built of.
 
-Logical axis names (see `parallel/rules.py` for the mesh axes they map to) are written on every parameter; activations are constrained
+Logical axis names (see `parallel/mesh.py` for the mesh axes they map to) are written on every parameter; activations are constrained
 with `shard`. Nothing here names a mesh axis.
 """
 
@@ -204,7 +204,7 @@ def rotate(x: jax.Array, angles: jax.Array) -> jax.Array:
 class Stack(nnx.Module):
     """`depth` alike layers whose parameters are stacked on a leading `layers` axis and run by one `lax.scan`.
 
-    `unrolled` gives the same layers as a list with its own buffers: decoding on CPU reads weights in place then, where the scan
+    `unroll` gives the same layers as a list with its own buffers: decoding on CPU reads weights in place then, where the scan
     copies a slice of every stacked leaf for every token (2x there).
     """
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import get_args
 
 import jax
 import ml_collections
@@ -18,7 +20,9 @@ from omnisapiens_jax.atlas.plan import Index
 from omnisapiens_jax.evaluation.evaluate import MODALITIES, Answer, accuracy, answer_all, blank, load_answers, save_answers
 from omnisapiens_jax.evaluation.report import write_report
 from omnisapiens_jax.generation.sampling import Generator, Sampling
+from omnisapiens_jax.models.layers import Remat
 from omnisapiens_jax.parallel.mesh import make_mesh, on_mesh
+from omnisapiens_jax.processing.chat import FORMAT_PROMPTS
 from omnisapiens_jax.rl.loss import PolicyLossConfig
 from omnisapiens_jax.rl.similarity import Similarity
 from omnisapiens_jax.training import rl, sft
@@ -109,13 +113,13 @@ def run(config: ml_collections.ConfigDict, workdir: Path) -> None:
     Raises:
       ValueError: a setting is none of those there are, or `workdir` holds a run of another config.
     """
-    check(config)
+    mesh = make_mesh(**config.mesh)
+    check(config, mesh)
     if jax.process_index() == 0:
         claim(workdir, config)
     else:
         console.quiet = True
     Compilations.watch()
-    mesh = make_mesh(**config.mesh)
     atlas = Atlas(config, thinker_config(config.model))
     with on_mesh(mesh):
         graph, state = create_state(config.model, config.seed, mesh)
@@ -153,20 +157,35 @@ def _sft(run: Run, state: TrainState) -> None:
 JOBS: dict[str, Callable[[Run, TrainState], None]] = {"rl": _rl, "sft": _sft}
 
 
-def check(config: ml_collections.ConfigDict) -> None:
-    """Looks at the settings that are first read after hours of a run.
+def check(config: ml_collections.ConfigDict, mesh: Mesh) -> None:
+    """Looks at the settings that are first read when a run has begun, some of them hours later.
 
     Raises:
       ValueError: one has a value that it cannot have; names those it can.
     """
     wanted = [("job", config.job, JOBS), *(("blanked", modality, MODALITIES) for modality in config.blanked)]
+    wanted += [
+        ("model.remat", config.model.remat, get_args(Remat)),
+        ("processing.format_prompt", config.processing.format_prompt, FORMAT_PROMPTS),
+    ]
+    batches = [("eval_batch", config.eval_batch, 1, 1)]
     for name in ("warm_start", "rl", "sft"):
         if name in config:
             wanted.append((f"{name}.rows", config[name].rows, (*ROWS, "none") if name == "warm_start" else ROWS))
             make_optimizer(config[name].optim, config[name].steps)
+            rows, updates = ("prompts", config.rl.updates) if name == "rl" else ("batch_size", 1)
+            if config[name].rows != "none":
+                batches.append((f"{name}.{rows}", config[name][rows], updates, config[name].micro_batches))
     for name, value, known in wanted:
         if value not in known:
             raise ValueError(f"unknown config.{name} {value!r}; known: {', '.join(known)}")
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    for name, rows, updates, parts in batches:
+        if rows % (updates * ways) or rows % (updates * parts):
+            raise ValueError(
+                f"config.{name} {rows} does not divide over the {updates} updates it is cut into and, in each, the {ways} ways of the mesh "
+                f"(data x fsdp) or the {parts} micro-batches: make it a multiple of {updates * math.lcm(ways, parts)}"
+            )
     if "rl" in config:
         PolicyLossConfig(**config.rl.loss)
         if config.rl.temperature <= 0:

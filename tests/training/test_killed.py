@@ -118,6 +118,10 @@ def test_a_folder_of_another_run_is_refused(tmp_path: Path) -> None:
         ("job", "dream", "unknown config.job 'dream'; known: rl, sft"),
         ("warm_start.rows", "half", "unknown config.warm_start.rows 'half'; known: all, third, rest, none"),
         ("rl.rows", "none", "unknown config.rl.rows 'none'; known: all, third, rest"),
+        ("model.remat", "some", "unknown config.model.remat 'some'; known: none, full, dots"),
+        ("processing.format_prompt", "loud", "unknown config.processing.format_prompt 'loud'; known: none, think"),
+        ("rl.updates", 3, r"config.rl.prompts 8 does not divide over the 3 updates .* make it a multiple of 24"),
+        ("mesh.data", 3, "mesh data=3 x fsdp=1 x tensor=1 needs 3 devices; there are 8"),
         ("blanked", ("smell",), "unknown config.blanked 'smell'; known: text, audio, video"),
         ("rl.temperature", 0.0, "config.rl.temperature 0.0 must be above 0"),
         ("rl.optim.schedule", "linear", "unknown optim.schedule 'linear'; known: constant, cosine"),
@@ -126,7 +130,7 @@ def test_a_folder_of_another_run_is_refused(tmp_path: Path) -> None:
 )
 def test_a_wrong_setting_is_told_before_anything_is_done(setting: str, value: Any, told: str, tmp_path: Path) -> None:
     made = world.config()
-    made.update_from_flattened_dict({setting: value})
+    made.update_from_flattened_dict({"mesh.data": -1, setting: value})
     with pytest.raises(ValueError, match=told):
         jobs.run(made, tmp_path / "run")
     assert not (tmp_path / "run").exists()
