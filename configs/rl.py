@@ -16,7 +16,7 @@ def get_config(size: str = "mini") -> ConfigDict:
             "prompts": 32,  # a step
             "rollouts": 8 if mini else 5,  # n, of each prompt
             "updates": 1 if mini else 4,  # optimizer steps a rollout is cut into
-            "micro_batches": 1 if mini else 8,
+            "micro_batches": 1 if mini else 2,  # 32 prompts / 4 updates / 2 = 4 prompts at once: one for each part of fsdp=4
             "temperature": 1.0,
             "steps": 250 if mini else 10_000,
             "save_every": 25,

@@ -83,11 +83,6 @@ def shardings(state: Any, mesh: Mesh) -> Any:
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=lambda x: isinstance(x, PartitionSpec))
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
-    """The sharding of a value that every device holds whole."""
-    return NamedSharding(mesh, PartitionSpec())
-
-
 def divided(mesh: Mesh) -> NamedSharding:
     """The sharding of a batch: rows along the batch axes."""
     return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
