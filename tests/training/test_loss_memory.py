@@ -31,7 +31,9 @@ def test_longer_rows_do_not_keep_the_head_again_for_every_chunk_of_logits() -> N
         def loss(trainable: nnx.State, frozen: nnx.State, batch: dict[str, jax.Array]) -> jax.Array:
             return lm_loss(nnx.merge(graph, trainable, frozen), batch)[0]
 
-        return jax.jit(jax.grad(loss)).lower(trainable, frozen, shapes).compile().memory_analysis().temp_size_in_bytes
+        analysis = jax.jit(jax.grad(loss)).lower(trainable, frozen, shapes).compile().memory_analysis()
+        assert analysis is not None
+        return analysis.temp_size_in_bytes
 
     short, long = temporaries(128), temporaries(1024)  # 2 chunks and 16
     assert long - short < 4 * HEAD_BYTES, f"{short:,} bytes for 128 tokens, {long:,} for 1024, a head being {HEAD_BYTES:,}"
