@@ -54,7 +54,8 @@ def load(folder: Path, split: str) -> dict[str, dict[str, np.ndarray]]:
         row = json.loads(line)
         table = tables[row["dataset"]]
         table["answer"].append(row["answer"])
-        table["text"].append(row["problem"].split("Transcript: ")[1].split("\n")[0])
+        if "Transcript: " in row["problem"]:  # a mime says nothing
+            table["text"].append(row["problem"].split("Transcript: ")[1].split("\n")[0])
         for name in row["audios"]:
             table["audio"].append(audio_features(folder / name))
         for name in row["videos"]:

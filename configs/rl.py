@@ -21,9 +21,18 @@ def get_config(size: str = "mini") -> ConfigDict:
             "steps": 250 if mini else 10_000,
             "save_every": 25,
             "record_every": 50,  # rollouts kept for replay and for the report; 0 = none
-            "optim": defaults.optimizer(lr=2e-4, weight_decay=0.0) if mini else defaults.optimizer(lr=1e-6),
+            "optim": defaults.optimizer(lr=4e-4, schedule="cosine", warmup=10, weight_decay=0.0) if mini else defaults.optimizer(lr=1e-6),
             "loss": {"clip_low": 0.2, "clip_high": 0.2, "dual_clip": 3.0, "aggregation": "token_mean"},
-            "reward": {"accuracy": 1.0, "format": 0.2, "similarity": 0.5, "strip": True, "brackets_in_thinking": False},
+            "reward": {
+                "accuracy": 1.0,
+                "format": 0.2,
+                "similarity": 0.5,
+                "overlong": 0.5 if mini else 0.0,  # a policy so small else forgets to end
+                "longest": 24 if mini else 812,
+                "buffer": 4 if mini else 128,
+                "strip": True,
+                "brackets_in_thinking": False,
+            },
         }
     )
     return config

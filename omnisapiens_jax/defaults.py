@@ -34,7 +34,7 @@ def base(size: str) -> ConfigDict:
     config.atlas = ConfigDict(
         {
             "path": "",  # the folder of the splits; empty = the miniature atlas, made on first use
-            "samples": 3000,  # of the miniature atlas
+            "samples": 4500,  # of the miniature atlas
             "seed": 0,
             "train": "train.jsonl",  # a .jsonl or .parquet file, or `train` for shards train-*.parquet
             "validation": "validation.jsonl",
@@ -77,9 +77,9 @@ def sft(size: str) -> ConfigDict:
         {
             "batch_size": 32 if mini else 64,
             "micro_batches": 1 if mini else 16,
-            "steps": 1500 if mini else 3000,
+            "steps": 400 if mini else 3000,
             "eval_every": 50,
-            "patience": 3,  # evaluations without a new minimum
-            "optim": optimizer(lr=1e-3, warmup=50) if mini else optimizer(lr=1e-4, warmup=10, b2=0.95, schedule="cosine"),
+            "patience": 4,  # evaluations without a new minimum
+            "optim": optimizer(schedule="cosine", **({"lr": 1e-3, "warmup": 50} if mini else {"lr": 1e-4, "warmup": 10, "b2": 0.95})),
         }
     )

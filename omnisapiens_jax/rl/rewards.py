@@ -2,7 +2,8 @@
 
     score = 1.0 * accuracy + 0.2 * format + 0.5 * similarity                                   (at most 1.7)
 
-`RewardConfig()` is the reward as it was meant; `PUBLISHED` is what the published code computes, quirk for quirk.
+A penalty for length may be added, that of the benchmark's other reward (HARPO). `RewardConfig()` is the reward as it was meant;
+`PUBLISHED` is what the published code computes, quirk for quirk.
 """
 
 from __future__ import annotations
@@ -32,6 +33,9 @@ class RewardConfig:
         accuracy: weight of the exact match.
         format: weight of the think-then-boxed form.
         similarity: weight of the embedding cosine; 0 leaves the embedder out.
+        overlong: weight of the penalty for length. Nothing else asks a response to end after its answer.
+        longest: tokens at which that penalty is whole.
+        buffer: tokens over which it grows, the last before `longest`.
         strip: ignore white space around the prediction and the gold. The published code does not: ` Anger ` is wrong there.
         brackets_in_thinking: let the `[...]` fallback read the reasoning too. The published code does, and takes the first
             citation `[1]` of the reasoning for the answer; otherwise only what follows the think block is read.
@@ -40,6 +44,9 @@ class RewardConfig:
     accuracy: float = 1.0
     format: float = 0.2
     similarity: float = 0.5
+    overlong: float = 0.0
+    longest: int = 812
+    buffer: int = 128
     strip: bool = True
     brackets_in_thinking: bool = False
 
@@ -55,6 +62,7 @@ class Rewards:
     accuracy: np.ndarray
     format: np.ndarray
     similarity: np.ndarray
+    overlong: np.ndarray
     predictions: tuple[str, ...]
 
 
@@ -81,7 +89,14 @@ def follows_format(response: str) -> bool:
     return _FORMAT.fullmatch(normalise(response)) is not None
 
 
-def score_responses(responses: Sequence[str], golds: Sequence[str], similarity: Similarity | None, config: RewardConfig) -> Rewards:
+def overlong_penalty(lengths: np.ndarray, config: RewardConfig) -> np.ndarray:
+    """0 for a response that keeps clear of the buffer, falling to -1 at its end: `lengths [N]` in tokens to `[N]` float32."""
+    return -np.clip((lengths - (config.longest - config.buffer)) / config.buffer, 0.0, 1.0).astype(np.float32)
+
+
+def score_responses(
+    responses: Sequence[str], golds: Sequence[str], similarity: Similarity | None, config: RewardConfig, lengths: np.ndarray | None = None
+) -> Rewards:
     """Scores N responses against their gold answers.
 
     Args:
@@ -89,9 +104,11 @@ def score_responses(responses: Sequence[str], golds: Sequence[str], similarity: 
         golds: the answer of each response's sample.
         similarity: cosine of predictions and golds; negative cosines earn nothing. None only when its weight is 0.
         config: weights and switches.
+        lengths: tokens of each response `[N]`, its end among them. None only when the weight of `overlong` is 0.
 
     Raises:
-        ValueError: responses and golds differ in number, a similarity is missing, or it answers with the wrong shape.
+        ValueError: responses and golds differ in number, a similarity or the lengths are missing, or the similarity answers with the
+            wrong shape.
     """
     if len(responses) != len(golds):
         raise ValueError(f"{len(responses)} responses but {len(golds)} gold answers: give one gold answer for each response")
@@ -107,8 +124,13 @@ def score_responses(responses: Sequence[str], golds: Sequence[str], similarity: 
         if cosine.shape != closeness.shape:
             raise ValueError(f"the similarity answered with shape {cosine.shape} for {len(responses)} pairs, expected {closeness.shape}")
         closeness = np.clip(cosine, 0.0, 1.0)
-    score = config.accuracy * accuracy + config.format * form + config.similarity * closeness
-    return Rewards(score=score.astype(np.float32), accuracy=accuracy, format=form, similarity=closeness, predictions=predictions)
+    long = np.zeros(len(responses), np.float32)
+    if config.overlong:
+        if lengths is None:
+            raise ValueError(f"the overlong weight is {config.overlong} but no lengths were given: pass them, or set the weight to 0")
+        long = overlong_penalty(lengths, config)
+    score = config.accuracy * accuracy + config.format * form + config.similarity * closeness + config.overlong * long
+    return Rewards(score.astype(np.float32), accuracy, form, closeness, long, predictions)
 
 
 def _after_thinking(text: str) -> str:

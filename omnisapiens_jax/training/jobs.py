@@ -172,6 +172,8 @@ def check(config: ml_collections.ConfigDict, mesh: Mesh) -> None:
     for name in ("warm_start", "rl", "sft"):
         if name in config:
             wanted.append((f"{name}.rows", config[name].rows, (*ROWS, "none") if name == "warm_start" else ROWS))
+            if config[name].steps < 1:
+                raise ValueError(f"config.{name}.steps {config[name].steps} must be at least 1")
             make_optimizer(config[name].optim, config[name].steps)
             rows, updates = ("prompts", config.rl.updates) if name == "rl" else ("batch_size", 1)
             if config[name].rows != "none":

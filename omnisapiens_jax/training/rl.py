@@ -114,7 +114,8 @@ def score(
     ]
     golds = ["" if sample is None else sample.answer for sample in samples]
     flat_golds = [gold for gold, group in zip(golds, texts, strict=True) for _ in group]
-    return texts, score_responses([text for group in texts for text in group], flat_golds, similarity, config)
+    lengths = responses.mask.sum(axis=-1).reshape(-1)
+    return texts, score_responses([text for group in texts for text in group], flat_golds, similarity, config, lengths)
 
 
 def grpo_step(
@@ -158,6 +159,7 @@ def summary(responses: Responses[np.ndarray], rewards: Rewards, counted: np.ndar
         "accuracy": rewards.accuracy,
         "format": rewards.format,
         "similarity": rewards.similarity,
+        "overlong": rewards.overlong,
         "response_length": responses.mask.sum(axis=-1),
     }
     earned, counted = all_rows(({name: values.reshape(counted.shape) for name, values in own.items()}, counted))

@@ -42,6 +42,9 @@ def fit(
       train: batches with targets.
       validation: batches with targets, in fixed order.
       mesh: everything lies on it.
+
+    Raises:
+      FloatingPointError: too many updates in a row had gradients that are not finite, or no validation loss was.
     """
     optimizer = make_optimizer(config.optim, config.steps)
     state = fresh_optimizer(state, optimizer, mesh)
@@ -70,6 +73,11 @@ def fit(
                 bar.advance(loss=written["loss"], best=progress["best_loss"])
                 if progress["finished"]:
                     break
+        if best.latest is None:
+            raise FloatingPointError(
+                f"the validation loss was never finite in {int(state.step)} steps, so no state is the best one: start again with a lower "
+                "optim.lr, or look for a broken sample in the validation split"
+            )
         state, progress = best.restore(state)
     console.print(f"SFT: validation loss {progress['best_loss']:.4f} at step {progress['best_step']}")
     return state

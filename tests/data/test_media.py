@@ -103,14 +103,14 @@ def test_a_killed_run_leaves_nothing_behind_and_a_finished_one_is_kept(tmp_path:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        atlas(96, 7, cache=tmp_path, progress=stop)
+        atlas(108, 7, cache=tmp_path, progress=stop)
     assert list(tmp_path.iterdir()) == []
     seen: list[tuple[int, int]] = []
-    folder = atlas(96, 7, cache=tmp_path, progress=lambda done, total: seen.append((done, total)))
-    assert seen[-1] == (96, 96) and folder.parent == tmp_path
-    assert atlas(96, 7, cache=tmp_path, progress=stop) == folder  # from the cache
+    folder = atlas(108, 7, cache=tmp_path, progress=lambda done, total: seen.append((done, total)))
+    assert seen[-1] == (108, 108) and folder.parent == tmp_path
+    assert atlas(108, 7, cache=tmp_path, progress=stop) == folder  # from the cache
     with pytest.raises(FileExistsError, match="remove it"):
-        generate(folder, 96, 7)
+        generate(folder, 108, 7)
     assert all(not json.loads(line)["ext_video_feats"] for line in (folder / "train.jsonl").read_text().splitlines())
 
 

@@ -84,7 +84,18 @@ def test_what_does_not_fit_is_named() -> None:
         score_responses(["a"], ["a"], None, DEFAULT)
     with pytest.raises(ValueError, match=r"shape \(2,\) for 1 pairs"):
         score_responses(["a"], ["a"], lambda p, g: np.zeros(2), DEFAULT)
+    with pytest.raises(ValueError, match="overlong weight is 0.75 but no lengths"):
+        score_responses(["a"], ["a"], None, RewardConfig(similarity=0.0, overlong=0.75))
     assert score_responses([], [], None, DEFAULT).score.shape == (0,)
+
+
+def test_a_response_that_does_not_end_loses_what_the_reference_says() -> None:
+    lengths = np.array([600, 684, 685, 748, 812, 813])
+    config = RewardConfig(similarity=0.0, overlong=0.75)
+    expected = np.array([0, 0, -0.0078125, -0.5, -1, -1])  # HARPO's penalty at its own limits
+    rewards = score_responses(["anger"] * 6, ["anger"] * 6, None, config, lengths)
+    np.testing.assert_array_equal(rewards.overlong, expected)
+    np.testing.assert_allclose(rewards.score, 1 + 0.75 * expected, rtol=1e-6)
 
 
 words = st.text(alphabet=st.characters(codec="utf-8", exclude_characters="\\{}[]<>/"), max_size=12)

@@ -21,7 +21,8 @@ STEPS = 16
 @pytest.fixture(scope="module")
 def at() -> Iterator[world.World]:
     Compilations.watch()
-    here = world.world(world.config(atlas__buckets=2, rl__steps=STEPS, rl__save_every=6, warm_start__steps=STEPS, warm_start__eval_every=4))
+    stages = {"rl__steps": STEPS, "rl__save_every": 6, "warm_start__steps": STEPS, "warm_start__eval_every": 4}
+    here = world.world(world.config(atlas__batches="homogeneous", atlas__buckets=2, **stages))
     with on_mesh(here.mesh):
         yield here
 

@@ -123,6 +123,7 @@ def test_a_folder_of_another_run_is_refused(tmp_path: Path) -> None:
         ("rl.updates", 3, r"config.rl.prompts 8 does not divide over the 3 updates .* make it a multiple of 24"),
         ("mesh.data", 3, "mesh data=3 x fsdp=1 x tensor=1 needs 3 devices; there are 8"),
         ("blanked", ("smell",), "unknown config.blanked 'smell'; known: text, audio, video"),
+        ("rl.steps", 0, "config.rl.steps 0 must be at least 1"),
         ("rl.temperature", 0.0, "config.rl.temperature 0.0 must be above 0"),
         ("rl.optim.schedule", "linear", "unknown optim.schedule 'linear'; known: constant, cosine"),
         ("rl.loss.aggregation", "sum", "unknown aggregation 'sum'"),
@@ -184,3 +185,10 @@ def test_gradients_that_are_not_finite(here: world.World, tmp_path: Path, monkey
     assert [row["skipped_updates"] for row in rows] == [0, 1, 1, 1, 2, 3, 4, 5, 6]
     norms = [row["norm"] for row in rows]
     assert norms[1] == norms[0] != norms[2] and len(set(norms[3:])) == 1 and np.isfinite(norms).all()
+
+
+def test_a_validation_loss_that_is_never_finite(here: world.World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = world.config(atlas__buckets=1)
+    monkeypatch.setattr(sft, "validation_loss", lambda *_: float("nan"))
+    with on_mesh(here.mesh), pytest.raises(FloatingPointError, match="the validation loss was never finite in 4 steps"):
+        here.run(tmp_path).fit(made.warm_start, "warm_start", jax.tree.map(jnp.copy, here.state))

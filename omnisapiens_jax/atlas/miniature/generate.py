@@ -29,8 +29,8 @@ from omnisapiens_jax.atlas.miniature import face, speech, words
 from omnisapiens_jax.atlas.miniature.script import DATASETS, Row, write_script
 from omnisapiens_jax.atlas.miniature.words import SPLITS
 
-VERSION = 1  # of the generator's output: raise it whenever the same seed gives other rows or media
-SAMPLES = 3000
+VERSION = 2  # of the generator's output: raise it whenever the same seed gives other rows or media
+SAMPLES = 4500
 SEED = 0
 
 Progress = Callable[[int, int], None]  # rows done, rows in all
@@ -103,14 +103,15 @@ def _make_row(job: tuple[Path, Row, int, bool]) -> dict[str, Any]:
     audios, videos, poses = [], [], []
     if "audio" in dataset.signature:
         voice = words.SPEAKERS[row.split][row.speaker]
-        wave = speech.speak(row.transcript, voice, row.voice, rng, row.laugh)
+        wave = speech.speak(row.transcript, voice, row.voice, rng, row.laugh) if row.voice else speech.room(rng)
         audios.append(f"audios/{row.split}/{row.name}.wav")
         soundfile.write(folder / audios[0], wave, speech.RATE, subtype="PCM_16")
         if "video" in dataset.signature:
             look = face.draw_look(np.random.default_rng([SPLITS.index(row.split), row.speaker]))
             count = max(8, round(len(wave) / speech.RATE * face.FPS))
             late = {"": None, "after": True, "before": False}[row.laugh]
-            frames, points = face.animate(look, row.face, speech.envelope(wave, count), rng, late=late)
+            loudness = speech.envelope(wave, count) if row.voice else np.zeros(count)
+            frames, points = face.animate(look, row.face, loudness, rng, late=late)
             videos.append(f"videos/{row.split}/{row.name}.mp4")
             (folder / videos[0]).write_bytes(encode_mp4(frames, wave))
             if landmarks:

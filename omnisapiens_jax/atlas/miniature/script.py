@@ -1,9 +1,10 @@
 """What every row of the miniature atlas says and shows, decided from a seed before any media are made.
 
 Each modality carries the row's label with probability `CARRIES`, drawn independently, and else shows neutral: one modality alone
-cannot be right always, all together nearly can. Four datasets are different: in `mmsd` words and delivery agree (sincere) or
+cannot be right always, all together nearly can. Five datasets are different: in `mmsd` words and delivery agree (sincere) or
 disagree (sarcastic), each cue alone being balanced; in `urfunny` a laugh comes after the words (humour) or before (none); in
-`siq2` the face hides what the voice tells, or not; `mmpsy_anxiety` is a written questionnaire.
+`siq2` the face hides what the voice tells, or not; in `mimeqa` nobody speaks and the face alone tells; `mmpsy_anxiety` is a
+written questionnaire.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ import numpy as np
 
 from omnisapiens_jax.atlas.miniature import words
 
-CARRIES = 0.85
-_INTERJECTED = 0.5  # of the sentences open with an interjection
+CARRIES = 0.75
+_INTERJECTED = 0.8  # of the sentences open with an interjection
 _PUNCTUATED = 0.5  # of the sentences end with the mark of what they say, the others with a full stop
 _TAGLESS = 0.3  # of the rows leave the media tags out of the problem
 
@@ -36,26 +37,27 @@ class Dataset:
 
 
 DATASETS: dict[str, Dataset] = {
-    "cremad": Dataset(0.19, "emotion_cls", "text_audio", "A speech clip.", "Which emotion does the speaker express?", EMOTIONS),
+    "cremad": Dataset(0.13, "emotion_cls", "text_audio", "A speech clip.", "Which emotion does the speaker express?", EMOTIONS),
     "meld_emotion": Dataset(
-        0.21, "emotion_cls", "text_video_audio", "A conversation clip.", "Which emotion does the speaker express?", EMOTIONS
+        0.15, "emotion_cls", "text_video_audio", "A conversation clip.", "Which emotion does the speaker express?", EMOTIONS
     ),
     "meld_senti": Dataset(
-        0.16, "sentiment_cls", "text_video_audio", "A conversation clip.", "Which sentiment does the speaker express?",
+        0.12, "sentiment_cls", "text_video_audio", "A conversation clip.", "Which sentiment does the speaker express?",
         ("negative", "neutral", "positive"),
     ),
     "mmsd": Dataset(
-        0.12, "sarcasm_cls", "text_video_audio", "A show clip.", "Is the speaker sarcastic?", ("not sarcasm", "sarcasm")
+        0.1, "sarcasm_cls", "text_video_audio", "A show clip.", "Is the speaker sarcastic?", ("not sarcasm", "sarcasm")
     ),
-    "urfunny": Dataset(0.1, "humour_cls", "text_video_audio", "A talk clip.", "Is this humour?", ("not humour", "humour")),
+    "urfunny": Dataset(0.08, "humour_cls", "text_video_audio", "A talk clip.", "Is this humour?", ("not humour", "humour")),
     "daicwoz": Dataset(
-        0.1, "depression_cls", "text_audio", "A clinical interview.", "Does the speaker sound depressed?", ("no depression", "depression")
+        0.08, "depression_cls", "text_audio", "A clinical interview.", "Does the speaker sound depressed?", ("no depression", "depression")
     ),
-    "mmpsy_anxiety": Dataset(0.06, "anxiety_cls", "text", "A questionnaire.", "Is the writer anxious?", ("no anxiety", "anxiety")),
+    "mmpsy_anxiety": Dataset(0.08, "anxiety_cls", "text", "A questionnaire.", "Is the writer anxious?", ("no anxiety", "anxiety")),
     "siq2": Dataset(
         0.06, "social_qa", "text_video_audio", "A social clip.", "What does the speaker feel, and is it hidden?",
         tuple(f"{feeling}, {how}" for feeling in _HIDEABLE for how in ("shown", "hidden")),
     ),
+    "mimeqa": Dataset(0.2, "nvc_qa", "text_video_audio", "A mime.", "What does the mime act out?", EMOTIONS),
 }  # fmt: skip
 
 
@@ -89,7 +91,9 @@ class Row:
         lines = [dataset.opener]
         if self.tagged:
             lines += [tag for name, tag in (("video", "<video>"), ("audio", "<audio>")) if name in dataset.signature]
-        lines += [f"Transcript: {self.transcript}", dataset.question]
+        if self.transcript:
+            lines.append(f"Transcript: {self.transcript}")
+        lines.append(dataset.question)
         if not dataset.task.endswith("_qa"):
             lines[-1] += f" Choose one: {', '.join(dataset.answers)}."
         return "\n".join(lines)
@@ -97,7 +101,7 @@ class Row:
     @property
     def rationale(self) -> str:
         """One line naming what each modality shows."""
-        shown = [("voice", self.voice), ("face", self.face), ("words", self.words)]
+        shown = [("face", self.face), ("voice", self.voice), ("words", self.words)]
         if self.laugh:
             shown = [("laugh", f"{self.laugh} the words")]
         return " ".join(f"{modality}: {what}." for modality, what in shown if what)
@@ -150,6 +154,8 @@ def _write_row(split: str, index: int, name: str, cell: int, rng: np.random.Gene
         said = "neutral"
         voice, how = answer.split(", ")
         face = "happy" if how == "hidden" else voice
+    elif name == "mimeqa":
+        said, voice, face = "", "", answer
     elif name == "mmpsy_anxiety":
         said, voice, face = ("high" if answer == "anxiety" else "low"), "", ""
     else:
@@ -187,6 +193,8 @@ def _say(split: str, dataset: str, said: str, rng: np.random.Generator) -> tuple
     def pick(pool: tuple[str, ...]) -> str:
         return str(pool[int(rng.integers(len(pool)))])
 
+    if not said:
+        return "", (), ""
     if dataset == "mmpsy_anxiety":
         template = pick(words.QUESTIONNAIRE[split])
         worries = tuple(str(w) for w in rng.choice(words.WORRIES[split], 3, replace=False))

@@ -86,8 +86,12 @@ def speak(text: str, voice: Voice, style: str, rng: np.random.Generator, laugh: 
         gap = np.zeros(int(0.08 * RATE), np.float32)
         wave = np.concatenate([wave, gap, burst] if laugh == "after" else [burst, gap, wave])
     wave = np.concatenate([np.zeros(int(rng.uniform(0.0, 0.05) * RATE), np.float32), wave])
-    wave = wave + rng.normal(0, 10 ** (rng.uniform(-64, -50) / 20), len(wave))
-    return np.clip(wave, -1, 1).astype(np.float32)
+    return np.clip(wave + _hiss(len(wave), rng), -1, 1).astype(np.float32)
+
+
+def room(rng: np.random.Generator) -> np.ndarray:
+    """A quiet room where nobody speaks, about as long as a sentence: mono float32 `[samples]` at 16 kHz."""
+    return _hiss(int(rng.uniform(1.0, LONGEST) * RATE), rng).astype(np.float32)
 
 
 def envelope(wave: np.ndarray, frames: int) -> np.ndarray:
@@ -153,6 +157,10 @@ def _shape(wave: np.ndarray, prosody: Prosody, rng: np.random.Generator) -> np.n
         wave = wave * (1 - depth * (0.5 + 0.5 * np.sin(phase)))
     level = -22 + prosody.gain + rng.uniform(-1.5, 1.5)
     return (wave * 10 ** (level / 20)).astype(np.float32)
+
+
+def _hiss(samples: int, rng: np.random.Generator) -> np.ndarray:
+    return rng.normal(0, 10 ** (rng.uniform(-64, -50) / 20), samples)
 
 
 def _laugh(pitch: float, rng: np.random.Generator) -> np.ndarray:

@@ -107,7 +107,7 @@ SPEAKERS: dict[str, tuple[Voice, ...]] = {
     "train": _voices(
         "en+m1 en+m3 en-us+m4 en+m7 en-us+f1 en+f2 en+f4 en-us+linda en+Andy en+klatt2 en-us+steph en+Alicia en+paul en-us+ed "
         "en+Mario en+anika en-gb-scotland+m2 en+Gene en-us+Annie en+john en+max en+belinda",
-        (0.95, 1.06),
+        (0.93, 1.0, 1.07),
     ),
     "validation": _voices("en-us+m5 en+f3 en+Lee en-us+Andrea", (0.97, 1.04)),
     "test": _voices("en+m6 en-us+m8 en+f5 en+rob en-us+steph2 en+Hugo en+aunty en-us+david", (0.96, 1.05)),
