@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,7 +22,7 @@ STEPS = 16
 @pytest.fixture(scope="module")
 def at() -> Iterator[world.World]:
     Compilations.watch()
-    stages = {"rl__steps": STEPS, "rl__save_every": 6, "warm_start__steps": STEPS, "warm_start__eval_every": 4}
+    stages: dict[str, Any] = {"rl__steps": STEPS, "rl__save_every": 6, "warm_start__steps": STEPS, "warm_start__eval_every": 4}
     here = world.world(world.config(atlas__batches="homogeneous", atlas__buckets=2, **stages))
     with on_mesh(here.mesh):
         yield here
