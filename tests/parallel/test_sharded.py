@@ -43,7 +43,7 @@ def sft_gradients(mesh: world.Mesh3, micro_batches: int = 1) -> tuple[float, Gra
     with on_mesh(at.mesh):
         step = jax.jit(functools.partial(sft.sft_gradients, at.graph, micro_batches))
         loss, tokens, grads = step(at.state, put_batch(world.batch(target=True), at.mesh))
-    assert float(tokens) > 100
+    assert float(tokens) > 50
     return float(loss), flat(grads)
 
 
