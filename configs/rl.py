@@ -28,8 +28,8 @@ def get_config(size: str = "mini") -> ConfigDict:
                 "format": 0.2,
                 "similarity": 0.5,
                 "overlong": 0.5 if mini else 0.0,  # a policy so small else forgets to end
-                "longest": 24 if mini else 812,
-                "buffer": 4 if mini else 128,
+                "longest": config.generation.get_ref("max_tokens") if mini else 812,  # tokens
+                "buffer": 4 if mini else 128,  # the longest warm-start target of mini has 20 tokens, just clear of it
                 "strip": True,
                 "brackets_in_thinking": False,
             },

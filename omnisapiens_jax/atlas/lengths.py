@@ -54,13 +54,13 @@ def length_index(
     key = hashlib.sha256(f"{_FORMAT} {source.fingerprint()} {recipe.fingerprint()}".encode()).hexdigest()[:24]
     path = cache / f"lengths-{key}.json" if cache else None
     rows: list[Measured | SampleError | None] = _load(path) if path and path.exists() else [None] * len(source)
-    todo = [i for i, row in enumerate(rows) if not isinstance(row, tuple)]
+    unmeasured = [i for i, row in enumerate(rows) if not isinstance(row, tuple)]
     before = list(rows)
     with ThreadPoolExecutor(threads) as pool:
-        for done, (i, row) in enumerate(zip(todo, pool.map(lambda i: _measure(source, recipe, i), todo), strict=True), start=1):
+        for done, (i, row) in enumerate(zip(unmeasured, pool.map(lambda i: _measure(source, recipe, i), unmeasured), strict=True), start=1):
             rows[i] = row
             if progress:
-                progress(len(rows) - len(todo) + done, len(rows))
+                progress(len(rows) - len(unmeasured) + done, len(rows))
     if path and rows != before:
         _save(path, rows)
     faults = FaultLog(row for row in rows if isinstance(row, SampleError))

@@ -33,9 +33,9 @@ class RewardConfig:
         accuracy: weight of the exact match.
         format: weight of the think-then-boxed form.
         similarity: weight of the embedding cosine; 0 leaves the embedder out.
-        overlong: weight of the penalty for length. Nothing else asks a response to end after its answer.
+        overlong: weight of the penalty for length (HARPO: 0.75). Nothing else asks a response to end after its answer.
         longest: tokens at which that penalty is whole.
-        buffer: tokens over which it grows, the last before `longest`.
+        buffer: tokens over which it grows, the last before `longest`; at least 1.
         strip: ignore white space around the prediction and the gold. The published code does not: ` Anger ` is wrong there.
         brackets_in_thinking: let the `[...]` fallback read the reasoning too. The published code does, and takes the first
             citation `[1]` of the reasoning for the answer; otherwise only what follows the think block is read.
@@ -49,6 +49,10 @@ class RewardConfig:
     buffer: int = 128
     strip: bool = True
     brackets_in_thinking: bool = False
+
+    def __post_init__(self) -> None:
+        if self.buffer < 1:
+            raise ValueError(f"the overlong penalty needs a buffer of at least 1 token, not {self.buffer}")
 
 
 PUBLISHED = RewardConfig(strip=False, brackets_in_thinking=True)

@@ -24,6 +24,7 @@ from omnisapiens_jax.models.layers import Remat
 from omnisapiens_jax.parallel.mesh import make_mesh, on_mesh
 from omnisapiens_jax.processing.chat import FORMAT_PROMPTS
 from omnisapiens_jax.rl.loss import PolicyLossConfig
+from omnisapiens_jax.rl.rewards import RewardConfig
 from omnisapiens_jax.rl.similarity import Similarity
 from omnisapiens_jax.training import rl, sft
 from omnisapiens_jax.training.data import Atlas, Rows
@@ -190,6 +191,7 @@ def check(config: ml_collections.ConfigDict, mesh: Mesh) -> None:
             )
     if "rl" in config:
         PolicyLossConfig(**config.rl.loss)
+        RewardConfig(**config.rl.reward)
         if config.rl.temperature <= 0:
             raise ValueError(f"config.rl.temperature {config.rl.temperature} must be above 0: greedy responses are all alike")
 

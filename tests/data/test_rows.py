@@ -7,8 +7,10 @@ from collections import Counter
 
 import pytest
 
+from omnisapiens_jax import defaults
 from omnisapiens_jax.atlas.labels import HBA
 from omnisapiens_jax.atlas.miniature import words
+from omnisapiens_jax.atlas.miniature.generate import SAMPLES, SEED
 from omnisapiens_jax.atlas.miniature.script import CARRIES, DATASETS, Row, split_sizes, write_script
 from omnisapiens_jax.processing import chat
 from omnisapiens_jax.processing.tokenizers import MiniTokenizer
@@ -19,17 +21,18 @@ SPLITS = ("train", "validation", "test")
 
 @pytest.fixture(scope="module")
 def script() -> dict[str, list[Row]]:
-    return write_script(4500, 0)
+    return write_script(SAMPLES, SEED)
 
 
 def test_default_size_leaves_five_hundred_rows_to_test_on(script: dict[str, list[Row]]) -> None:
+    assert (defaults.base("mini").atlas.samples, defaults.base("mini").atlas.seed) == (SAMPLES, SEED)
     assert {split: len(rows) for split, rows in script.items()} == {"train": 3150, "validation": 375, "test": 975}
     assert sum(split_sizes(1234).values()) == 1234
 
 
 def test_same_seed_same_rows_other_seed_other_rows(script: dict[str, list[Row]]) -> None:
-    assert write_script(4500, 0) == script
-    assert write_script(4500, 1)["train"] != script["train"]
+    assert write_script(SAMPLES, SEED) == script
+    assert write_script(SAMPLES, SEED + 1)["train"] != script["train"]
 
 
 def test_too_few_rows_are_refused_with_the_least_number() -> None:

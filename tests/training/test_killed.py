@@ -124,6 +124,7 @@ def test_a_folder_of_another_run_is_refused(tmp_path: Path) -> None:
         ("mesh.data", 3, "mesh data=3 x fsdp=1 x tensor=1 needs 3 devices; there are 8"),
         ("blanked", ("smell",), "unknown config.blanked 'smell'; known: text, audio, video"),
         ("rl.steps", 0, "config.rl.steps 0 must be at least 1"),
+        ("rl.reward.buffer", 0, "needs a buffer of at least 1 token, not 0"),
         ("rl.temperature", 0.0, "config.rl.temperature 0.0 must be above 0"),
         ("rl.optim.schedule", "linear", "unknown optim.schedule 'linear'; known: constant, cosine"),
         ("rl.loss.aggregation", "sum", "unknown aggregation 'sum'"),

@@ -1,6 +1,6 @@
 """Makes the miniature atlas: WAV and MP4 files, JSONL with relative paths, and on request landmarks and parquet with bytes.
 
-python -m omnisapiens_jax.atlas.miniature.generate TARGET --samples 3000 --seed 0
+python -m omnisapiens_jax.atlas.miniature.generate TARGET --samples 4500 --seed 0
 """
 
 from __future__ import annotations
