@@ -18,7 +18,7 @@ def get_config(size: str = "mini") -> ConfigDict:
             "prompts": 32,  # a step
             "rollouts": 8 if mini else 5,  # n, of each prompt
             "updates": 1 if mini else 4,  # optimizer steps a rollout is cut into
-            # 4 prompts at once: of 7b one for each part of fsdp=4 (32 / 4 updates / 2); the fewer, the more prompts without signal are skipped
+            # 4 prompts at once: at 7b one for each part of fsdp=4 (32 / 4 updates / 2). The fewer, the more without signal are skipped.
             "micro_batches": 8 if mini else 2,
             "temperature": 1.0,
             "steps": 160 if mini else 10_000,
