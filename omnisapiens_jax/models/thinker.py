@@ -101,9 +101,7 @@ def last_token(states: jax.Array, lengths: jax.Array) -> jax.Array:
     return jnp.take_along_axis(states, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]
 
 
-def token_log_probs(
-    thinker: Thinker, hidden: jax.Array, targets: jax.Array, *, temperature: float = 1.0, chunk: int = 1024
-) -> jax.Array:
+def token_log_probs(thinker: Thinker, hidden: jax.Array, targets: jax.Array, *, temperature: float = 1.0, chunk: int = 1024) -> jax.Array:
     """Log-probability of each target, without `[B, T, V]` logits.
 
     `log_softmax(logits / temperature)` in float32, before any truncation of the distribution; logits are made for `chunk` tokens at a time,
