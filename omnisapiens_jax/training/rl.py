@@ -187,7 +187,7 @@ def summary(responses: Responses[np.ndarray], rewards: Rewards, counted: np.ndar
     earned, counted = all_rows(({name: values.reshape(counted.shape) for name, values in own.items()}, counted))
     spread = earned["reward"].std(axis=1)[counted[:, 0]]
     means = {name: float(values[counted].mean()) for name, values in earned.items()}
-    # Of the policy, over what it sampled itself: minus the mean log-probability of a token, an unbiased estimate.
+    # Of the policy, estimated from what it sampled itself: minus the mean log-probability of a token.
     entropy = means.pop("surprise") / max(means["response_length"], 1.0)
     return means | {"entropy": entropy, "groups_without_signal": float((spread < 1e-6).mean())}
 

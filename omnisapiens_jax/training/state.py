@@ -121,12 +121,12 @@ def micro_gradients(
     trainable: nnx.State,
     batch: Any,
     micro_batches: int,
-    wanted: Callable[[Any], jax.Array] = lambda _: jnp.asarray(True),
+    wanted: Callable[[Any], jax.Array] | None = None,
 ) -> tuple[jax.Array, Stats, nnx.State]:
     """Loss, statistics and gradient of a batch, `micro_batches` rows-interleaved parts at a time.
 
     `loss` gives a part's *share* of the loss (denominators of the whole batch), so the parts add up whatever their number. A part that is
-    not `wanted`, because its share and its gradient are zero, is not run; if there is but one part, it is.
+    not `wanted`, because its share and its gradient are zero, is not run; all are where `wanted` is None or there is but one.
     """
     gradient = jax.value_and_grad(loss, has_aux=True)
     if micro_batches == 1:
@@ -140,7 +140,7 @@ def micro_gradients(
         return total[0] + value, total[1] + stats, jax.tree.map(jnp.add, total[2], grads)
 
     def step(total: tuple[Any, Any, Any], part: Any) -> tuple[tuple[Any, Any, Any], None]:
-        return jax.lax.cond(wanted(part), add, lambda total, _: total, total, part), None
+        return add(total, part) if wanted is None else jax.lax.cond(wanted(part), add, lambda total, _: total, total, part), None
 
     first = jax.tree.map(lambda x: x[0], parts)
     (value, stats), grads = jax.eval_shape(gradient, trainable, first)
