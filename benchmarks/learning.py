@@ -30,7 +30,7 @@ _WANTED = {"rl": ("before", "after", *(f"after-without-{m}" for m in MODALITIES)
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """One seed: which held-out samples are answered rightly `[N]`, by evaluation, and the minutes its training steps took, warm start and RL together."""
+    """One seed: which held-out samples are answered rightly `[N]`, by evaluation, and the minutes in steps of warm start and RL."""
 
     right: dict[str, np.ndarray]
     minutes: float
