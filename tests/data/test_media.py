@@ -183,7 +183,7 @@ def test_faces_show_what_their_landmarks_say() -> None:
     def shown(style: str, **kwargs: bool) -> tuple[np.ndarray, np.ndarray]:
         looks = [face.draw_look(np.random.default_rng(i)) for i in range(6)]
         clips = [face.animate(look, style, np.full(12, 0.3), np.random.default_rng(i), **kwargs) for i, look in enumerate(looks)]
-        return np.stack([frames for frames, _ in clips]), np.stack([points for _, points in clips])
+        return np.stack([frames for frames, _ in clips]), np.stack([face.landmarks(drawn) for _, drawn in clips])
 
     # 36 points of the head, 2 x 10 of brows, 2 x 16 of eyes, 10 of the nose, then 20 of each lip
     def smile(points: np.ndarray) -> np.ndarray:
