@@ -126,7 +126,8 @@ def token_log_probs(thinker: Thinker, hidden: jax.Array, targets: jax.Array, *, 
     total = flat.shape[0]
     pad = -total % min(chunk, total)
     flat, wanted = jnp.pad(flat, ((0, pad), (0, 0))), jnp.pad(wanted, (0, pad), constant_values=-1)
-    return _target_log_probs(flat, thinker.head(), wanted, temperature, min(chunk, total))[:total].reshape(targets.shape)
+    picked: jax.Array = _target_log_probs(flat, thinker.head(), wanted, temperature, min(chunk, total))
+    return picked[:total].reshape(targets.shape)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))

@@ -46,7 +46,7 @@ def begin_together() -> None:
     """
     barrier, numbers = multihost.get_barrier_sync_fn(), itertools.count()
 
-    def compiled(event: str, _: float, **facts: str | int) -> None:
+    def compiled(event: str, duration_secs: float, **facts: str | int) -> None:
         if event == "/jax/core/compile/backend_compile_duration":
             barrier(key=f"compiled-{next(numbers)}", timeout_ms=600_000)
 
