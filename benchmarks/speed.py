@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 from speed_child import LORA_RANK, VOCAB, Case
 
-from omnisapiens_jax.convert import huggingface
+from omnisapiens_jax.convert.huggingface import save_thinker
 from omnisapiens_jax.convert.names import abstract_params
 from omnisapiens_jax.models.config import AudioConfig, TextConfig, ThinkerConfig, TokenIds, VisionConfig
 
@@ -211,7 +211,7 @@ def write_weights(folder: Path) -> None:
         for name in path[:-1]:
             place = place.setdefault(name, {})
         place[path[-1]] = array
-    huggingface.write(params, CONFIG, folder)
+    save_thinker(params, CONFIG, folder)
     text = CONFIG.text
     widths = dict.fromkeys(("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"), text.hidden_size)
     widths |= {"o_proj": text.num_heads * text.head_dim, "down_proj": text.intermediate_size}

@@ -21,9 +21,10 @@ from omnisapiens_jax.atlas.schema import Sample
 from omnisapiens_jax.atlas.sources import Source, open_source
 from omnisapiens_jax.evaluation.evaluate import WithoutTranscripts
 from omnisapiens_jax.models.config import ThinkerConfig
+from omnisapiens_jax.processing import tokenizers
 from omnisapiens_jax.processing.chat import FORMAT_PROMPTS
 from omnisapiens_jax.processing.options import ProcessingConfig
-from omnisapiens_jax.processing.tokenizers import MiniTokenizer, QwenTokenizer, Tokenizer
+from omnisapiens_jax.processing.tokenizers import MiniTokenizer, Tokenizer
 from omnisapiens_jax.training.journal import Bar, console
 
 Rows = Callable[[Index], np.ndarray]  # [N] bool: which samples of a split take part
@@ -121,4 +122,4 @@ class Atlas:
 
 def open_tokenizer(weights: str) -> Tokenizer:
     """The tokenizer beside a checkpoint, or the bundled small vocabulary where there is none."""
-    return QwenTokenizer(weights) if weights else MiniTokenizer(resources.resource("data/mini/tokenizer.model"))
+    return tokenizers.open_tokenizer(Path(weights)) if weights else MiniTokenizer(resources.resource("data/mini/tokenizer.model"))

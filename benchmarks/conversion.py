@@ -1,0 +1,121 @@
+"""A full-size conversion beside `cp` and `sha256sum`: `python benchmarks/conversion.py SCRATCH [--preset 7b]`.
+
+Makes a thinker directory of random bfloat16 tensors in SCRATCH (about 18 GB for 7b), copies it with `cp` and reads it with `sha256sum`,
+imports it, and exports it again, each step flushed to disk in the same run; prints seconds, speed and peak memory, and compares the bytes
+of all files. Needs four times the size on disk; SCRATCH is emptied at the end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+from omnisapiens_jax.convert.huggingface import INDEX
+from omnisapiens_jax.convert.names import mappings
+from omnisapiens_jax.convert.tensors import SafetensorsWriter, blocks
+from omnisapiens_jax.models.config import PRESETS, ThinkerConfig
+
+TOOL = Path(__file__).resolve().parents[1] / "tools" / "convert_weights.py"
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+
+
+def make(folder: Path, config: ThinkerConfig, shards: int) -> int:
+    """Writes the random checkpoint; returns its bytes."""
+    folder.mkdir()
+    shapes = {name: row.their_shape for row in mappings(config) for name in row.their_names}
+    total = 2 * sum(map(math.prod, shapes.values()))
+    files: list[dict[str, tuple[int, ...]]] = [{}]
+    filled = 0
+    for name, shape in shapes.items():
+        if filled > total / shards:
+            files.append({})
+            filled = 0
+        files[-1][name] = shape
+        filled += 2 * math.prod(shape)
+    random, where = np.random.default_rng(0), {}
+    for number, held in enumerate(files, 1):
+        file = f"model-{number:05d}-of-{len(files):05d}.safetensors"
+        with SafetensorsWriter(folder / file, {name: (BFLOAT16, shape) for name, shape in held.items()}, {"format": "pt"}) as writer:
+            for name in writer.order:
+                for start, stop in blocks(held[name], 2, 64 << 20):
+                    count = (stop - start) * math.prod(held[name][1:])
+                    bits = np.frombuffer(random.bytes(2 * count), np.uint16) & 0xBFFF  # without the exponent's highest bit: all finite
+                    writer.write(bits.view(BFLOAT16))
+        where |= dict.fromkeys(held, file)
+    (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": where}))
+    (folder / "config.json").write_text(json.dumps(config.to_hf()))
+    return total
+
+
+def timed(*commands: list[str]) -> tuple[float, float]:
+    """Seconds of commands and of the flush after them, and the largest resident memory of any of them in GiB."""
+    os.sync()
+    begin = time.monotonic()
+    peak = 0.0
+    for command in commands:
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        _, status, usage = os.wait4(process.pid, 0)
+        if status:
+            sys.exit(f"{' '.join(command)} failed")
+        peak = max(peak, usage.ru_maxrss / (1 << 20))
+    os.sync()
+    return time.monotonic() - begin, peak
+
+
+def digest(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file of weights."""
+    found = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb") as file:
+            found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("scratch", type=Path, help="a directory to make, with room for four times the checkpoint")
+    parser.add_argument("--preset", choices=PRESETS, default="7b")
+    parser.add_argument("--shards", type=int, default=4)
+    options = parser.parse_args()
+    options.scratch.mkdir(parents=True)
+    source, copy, ours, back = (options.scratch / name for name in ("source", "copy", "ours", "back"))
+    try:
+        size = make(source, ThinkerConfig.preset(options.preset), options.shards)
+        files = [str(path) for path in sorted(source.glob("*.safetensors"))]
+        print(f"{size / 1e9:.2f} GB in {len(files)} files, {os.cpu_count()} cores", flush=True)
+        tool = [sys.executable, str(TOOL)]
+        steps = {
+            "cp, then sha256sum": (["cp", "-r", str(source), str(copy)], ["sha256sum", *files]),
+            "import": ([*tool, "import", str(source), str(ours)],),
+            "export": ([*tool, "export", str(ours), str(back)],),
+        }
+        plain = 0.0
+        for name, commands in steps.items():
+            seconds, peak = timed(*commands)
+            plain = plain or seconds
+            print(f"{name:20} {seconds:7.1f} s {size / 1e6 / seconds:6.0f} MB/s = {plain / seconds:.2f} x cp+sha256sum, peak {peak:.2f} GiB", flush=True)
+            shutil.rmtree(copy, ignore_errors=True)
+        same = digest(source) == digest(back)
+        print(f"files exported are{'' if same else ' NOT'} bit-identical to those imported")
+    finally:
+        shutil.rmtree(options.scratch)
+    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << 20)
+    print(f"(this script itself: {own:.2f} GiB)")
+    sys.exit(not same)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,74 @@
+"""What a run of ours has learnt, as a source: the newest (SFT: the best) state of a stage, on the weights that the run began with."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from omnisapiens_jax.convert.checkpoint import stored_tensors
+from omnisapiens_jax.convert.names import lora_mappings, mappings
+from omnisapiens_jax.convert.source import Lora, Source
+from omnisapiens_jax.convert.tensors import ConversionError, HeldTensor, Tensor
+from omnisapiens_jax.models.config import ThinkerConfig
+from omnisapiens_jax.models.layers import LoraConfig
+from omnisapiens_jax.resources import resource
+
+CONFIG = "config.json"  # of the run, beside the folders of its stages
+_KEPT = ("best", "state")  # where a stage keeps checkpoints; an SFT stage keeps its best one apart
+_UNUSED = "audio_tower.audio_bos_eos_token.weight"  # no forward reads it, so no run trains it
+
+
+def is_stage(path: Path) -> bool:
+    """Whether a directory is that of a stage of a run, such as `runs/rl/rl`."""
+    return (path.parent / CONFIG).is_file() and any((path / kept).is_dir() for kept in _KEPT)
+
+
+def open_stage(path: Path, open_base: Callable[[str], Source]) -> Source:
+    """Opens the directory of a stage.
+
+    Args:
+      path: of the stage.
+      open_base: opens `config.model.weights`.
+
+    Raises:
+      ConversionError: there is no checkpoint in it, or the run's config is broken.
+    """
+    state = _newest(path) / "state"
+    try:
+        model = json.loads((path.parent / CONFIG).read_text())["model"]
+        weights, lora = str(model["weights"]), model["lora"]
+        made = None if not lora["rank"] else LoraConfig(lora["rank"], lora["alpha"], lora["targets"], lora["stabilised"])
+        base = open_base(weights) if weights else None
+        config = base.config if base else ThinkerConfig.preset(model["preset"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as reason:
+        raise ConversionError(f"{path.parent / CONFIG} is not the config of a run ({reason!r})") from reason
+
+    def spec(place: tuple[str, ...]) -> dict[str, Any]:
+        inside = f"{'/'.join(('trainable', *place, 'value'))}/"
+        base = {"driver": "file", "path": f"{state.resolve()}/"}
+        return {"driver": "zarr", "kvstore": {"driver": "ocdbt", "base": base, "path": inside}}
+
+    kind = f"step {state.parent.name} of a run of ours"
+    if made is not None:
+        if base is None:
+            raise ConversionError(f"{path.parent / CONFIG}: the run trained LoRA factors on random weights, which it did not keep")
+        factors = stored_tensors(lora_mappings(config, made), state, spec)
+        return dataclasses.replace(base, path=path, kind=f"{kind} on {base.kind}", lora=Lora(made, factors))
+    tensors: dict[str, Tensor] = stored_tensors(tuple(row for row in mappings(config) if row.theirs != _UNUSED), state, spec)
+    unused = next(row for row in mappings(config) if row.theirs == _UNUSED)
+    tensors[_UNUSED] = base.tensors[_UNUSED] if base else HeldTensor(_UNUSED, np.zeros(unused.their_shape, np.float32), state)
+    companions = base.companions if base else resource("data/mini")
+    return Source(path, kind, config, tensors, None, {}, (), companions)
+
+
+def _newest(path: Path) -> Path:
+    for kept in _KEPT:
+        steps = [folder for folder in (path / kept).glob("[0-9]*") if folder.name.isdecimal() and (folder / "state").is_dir()]
+        if steps:
+            return max(steps, key=lambda folder: int(folder.name))
+    raise ConversionError(f"{path} has no whole checkpoint yet")
