@@ -106,7 +106,8 @@ def main() -> None:
         for name, commands in steps.items():
             seconds, peak = timed(*commands)
             plain = plain or seconds
-            print(f"{name:20} {seconds:7.1f} s {size / 1e6 / seconds:6.0f} MB/s = {plain / seconds:.2f} x cp+sha256sum, peak {peak:.2f} GiB", flush=True)
+            figures = f"{seconds:7.1f} s {size / 1e6 / seconds:6.0f} MB/s = {plain / seconds:.2f} x cp+sha256sum, peak {peak:.2f} GiB"
+            print(f"{name:20} {figures}", flush=True)
             shutil.rmtree(copy, ignore_errors=True)
         same = digest(source) == digest(back)
         print(f"files exported are{'' if same else ' NOT'} bit-identical to those imported")

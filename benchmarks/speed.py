@@ -117,13 +117,14 @@ def main() -> int:
     if not Path(oracle).exists():
         parser.error(f"no interpreter with torch and transformers at {oracle}: `make venvs` builds one")
     failed = 0
-    with tempfile.TemporaryDirectory(prefix="speed-") as folder:
-        write_weights(Path(folder))
+    with tempfile.TemporaryDirectory(prefix="speed-") as scratch:
+        folder = Path(scratch) / "model"
+        write_weights(folder)
         print(HEADER, flush=True)
         for task in ("prefill", "train", "decode"):
             wanted = {case: options.pairs for case in FLOORS if case.task == task}
             wanted |= {case: options.growth_pairs for case in GROWTH if case.task == task and options.growth_pairs}
-            for case, timing in race(oracle, Path(folder), wanted):
+            for case, timing in race(oracle, folder, wanted):
                 floor = FLOORS.get(case)
                 failed += floor is not None and statistics.median(timing.ratios("wall")) < floor
                 print(row(case, timing, "" if floor is None else f"{floor:.1f}"), flush=True)

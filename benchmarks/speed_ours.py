@@ -17,9 +17,9 @@ from flax import nnx
 from speed_child import CLIP, LEARNING_RATE, LORA_ALPHA, LORA_RANK, WEIGHT_DECAY, Case, factors, serve
 
 from omnisapiens_jax import defaults
+from omnisapiens_jax.convert.checkpoint import put_params
 from omnisapiens_jax.convert.huggingface import open_huggingface
 from omnisapiens_jax.convert.source import read_params
-from omnisapiens_jax.convert.checkpoint import put_params
 from omnisapiens_jax.generation.sampling import Generator, Sampling, rollout_keys
 from omnisapiens_jax.models.layers import LORA_TARGETS, LoraConfig, LoraParam
 from omnisapiens_jax.models.thinker import Thinker, last_token

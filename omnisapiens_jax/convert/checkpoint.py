@@ -1,9 +1,9 @@
 """Our checkpoint of a thinker, written and read a few rows at a time.
 
 A directory with `params/` and, where LoRA factors are kept beside the weights, `lora/` (Orbax trees); heads and adapters in
-`parts.safetensors`; `config.json` in Hugging Face's spelling; and `manifest.json`, the receipt: where every tensor came from, its shape, dtype
-and SHA-256, and what was left behind. The hash is of the values as Hugging Face orders them, so it is the same before an import, in the
-checkpoint and after an export.
+`parts.safetensors`; `config.json` in Hugging Face's spelling; and `manifest.json`, the receipt: where every tensor came from, its shape,
+dtype and SHA-256, and what was left behind. The hash is of the values as Hugging Face orders them, so it is the same before an import, in
+the checkpoint and after an export.
 
 Kernels are stored as Zarr arrays in Fortran order: the bytes of a layer are those of the transposed tensor it came from. So an import moves
 bytes and transposes nothing, and a reader that wants a shard reads the chunks that hold it.
@@ -15,6 +15,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import flax.nnx as nnx
-import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -30,12 +30,13 @@ import orbax.checkpoint as ocp
 import tensorstore
 from flax import traverse_util
 
+from omnisapiens_jax.convert.huggingface import read_config
 from omnisapiens_jax.convert.names import Mapping as Row
 from omnisapiens_jax.convert.names import lora_mappings, mappings
 from omnisapiens_jax.convert.parts import write_parts
 from omnisapiens_jax.convert.source import Lora, Params, Progress, Source, check_one_dtype, check_params, params_source
-from omnisapiens_jax.convert.tensors import ConversionError, Tensor, as_bytes, blocks, check_finite, some
-from omnisapiens_jax.convert.unfinished import Journal, whole_or_nothing
+from omnisapiens_jax.convert.tensors import ConversionError, Tensor, as_bytes, blocks, read_finite, some
+from omnisapiens_jax.convert.unfinished import Journal, flush, whole_or_nothing
 from omnisapiens_jax.models.config import ThinkerConfig
 from omnisapiens_jax.models.layers import LoraConfig, LoraParam
 from omnisapiens_jax.models.thinker import Thinker
@@ -69,27 +70,22 @@ def write_checkpoint(
     jobs = list(_jobs(folder / "params", rows, source.tensors, dtype))
     if source.lora is not None:
         jobs += _jobs(folder / "lora", lora_mappings(source.config, source.lora.config), source.lora.factors, None)
-    total, done, counting = sum(job.nbytes for job in jobs), 0, threading.Lock()
+    left = [job for job in jobs if job.key not in journal.done]
+    total = sum(job.nbytes for job in jobs)
+    done, counting = total - sum(job.nbytes for job in left), threading.Lock()
 
-    def place(job: _Job) -> dict[str, Any]:
+    def run(job: _Job) -> None:
         nonlocal done
-        if job.key not in journal.done:
-            record = job.run()
-            with counting:
-                journal.add(job.key, record)
+        record = job.run()
         with counting:
+            journal.add(job.key, record)
             done += job.nbytes
             if progress:
                 progress(job.tensor.name, done, total)
-        return journal.done[job.key]
 
     with ThreadPoolExecutor(THREADS) as pool:
-        try:
-            records = list(pool.map(place, jobs))
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-    records += write_parts(source.parts, folder)
+        list(pool.map(run, left))
+    records = [journal.done[job.key] for job in jobs] + write_parts(source.parts, folder)
     manifest = {
         "format": FORMAT,
         "version": VERSION,
@@ -128,14 +124,13 @@ class _Job:
     def run(self) -> dict[str, Any]:
         digest = hashlib.sha256()
         for start, stop in blocks(self.row.their_shape, self.dtype.itemsize, CHUNK_BYTES):
-            values = self.tensor.read(start, stop)
-            check_finite(values, self.tensor)
-            if values.dtype != self.dtype:
-                with np.errstate(over="ignore"):
-                    values = values.astype(self.dtype)
-                check_finite(values, self.tensor, f" in {self.dtype}")
+            values = read_finite(self.tensor, start, stop, self.dtype)
             digest.update(as_bytes(values))
-            self.store[self.row.place(self.layer, start, stop)].write(self.row.to_ours(values)).result()
+            part = self.store[self.row.place(self.layer, start, stop)]
+            try:  # the file is on disk, fsync and all, when the write is done
+                part.write(self.row.to_ours(values), can_reference_source_data_indefinitely=True).result()
+            except ValueError as reason:
+                raise OSError(f"{self.key} cannot be written: {reason}") from reason
         return {
             "name": self.key,
             "stored_name": self.tensor.name,
@@ -153,8 +148,9 @@ def _jobs(folder: Path, rows: tuple[Row, ...], tensors: Mapping[str, Tensor], dt
     chosen = {row.ours: dtype or tensors[row.their_names[0]].dtype for row in rows}
     if not folder.exists():
         _make_tree(folder, rows)
-    for row in rows:
-        store = _create(folder, row, chosen[row.ours])
+    stores = [_create(folder, row, chosen[row.ours]) for row in rows]
+    flush(folder)
+    for row, store in zip(rows, stores, strict=True):
         for layer, name in enumerate(row.their_names):
             yield _Job(folder.name, row, layer, tensors[name], chosen[row.ours], store)
 
@@ -162,13 +158,14 @@ def _jobs(folder: Path, rows: tuple[Row, ...], tensors: Mapping[str, Tensor], dt
 def _make_tree(folder: Path, rows: tuple[Row, ...]) -> None:
     """An Orbax tree whose arrays are still to be made: Orbax writes its own metadata, which do not depend on the arrays' shapes."""
     scratch = folder.with_name(f"{folder.name}.new")
+    shutil.rmtree(scratch, ignore_errors=True)  # of a run that was killed here; Orbax makes more than one directory
     tree = traverse_util.unflatten_dict({row.ours: np.zeros(()) for row in rows})
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False)) as writer:
-        writer.save(scratch, args=ocp.args.PyTreeSave(tree), force=True)
+        writer.save(scratch / folder.name, args=ocp.args.PyTreeSave(tree))
     for row in rows:
-        (scratch / ".".join(row.ours) / ".zarray").unlink()
-        (scratch / ".".join(row.ours) / "0").unlink(missing_ok=True)
-    scratch.rename(folder)
+        shutil.rmtree(scratch / folder.name / ".".join(row.ours))
+    (scratch / folder.name).rename(folder)
+    scratch.rmdir()
 
 
 def _create(folder: Path, row: Row, dtype: np.dtype) -> Any:
@@ -191,7 +188,13 @@ def _create(folder: Path, row: Row, dtype: np.dtype) -> Any:
 
 
 def _spec(folder: Path, path: tuple[str, ...]) -> dict[str, Any]:
-    return {"driver": "zarr", "kvstore": {"driver": "file", "path": f"{folder.resolve() / '.'.join(path)}/"}}
+    return {
+        "driver": "zarr",
+        "kvstore": {"driver": "file", "path": f"{folder.resolve() / '.'.join(path)}/"},
+        # A file that is missing is then an error when it is read, and not a piece of zeros.
+        "store_data_equal_to_fill_value": True,
+        "fill_missing_data_reads": False,
+    }
 
 
 def save_params(target: str | Path, params: Params, config: ThinkerConfig) -> None:
@@ -208,24 +211,21 @@ def load_manifest(source: str | Path) -> dict[str, Any]:
     """The receipt of a checkpoint of ours. Raises ConversionError when there is none, or of another version."""
     manifest = Path(source) / MANIFEST
     if not manifest.is_file():
-        raise ConversionError(
-            f"{source} is no checkpoint of ours (no {MANIFEST})"
-        )
+        raise ConversionError(f"{source} is no checkpoint of ours (no {MANIFEST}); tools/convert_weights.py import {source} DIR makes one")
     try:
         described = json.loads(manifest.read_text())
-    except ValueError as reason:
-        raise ConversionError(f"{manifest} is broken ({reason})") from reason
-    if (described.get("format"), described.get("version")) != (FORMAT, VERSION):
-        raise ConversionError(
-            f"{manifest}: format {described.get('format')!r} version {described.get('version')!r}, expected {FORMAT!r} {VERSION}"
-        )
+        found = described["format"], described["version"]
+    except (ValueError, TypeError, KeyError, RecursionError) as reason:
+        raise ConversionError(f"{manifest} is broken ({reason!r}); import the checkpoint again") from reason
+    if found != (FORMAT, VERSION):
+        raise ConversionError(f"{manifest} is {found[0]!r} version {found[1]!r}, not {FORMAT!r} {VERSION}; import the checkpoint again")
     return described
 
 
 def load_config(source: str | Path) -> ThinkerConfig:
     """The model's shapes, from a checkpoint of ours."""
     load_manifest(source)
-    return ThinkerConfig.from_hf(source)
+    return read_config(Path(source))
 
 
 def load_lora_config(source: str | Path) -> LoraConfig | None:
@@ -274,9 +274,12 @@ class _OurTensor:
     def read(self, start: int = 0, stop: int | None = None) -> np.ndarray:
         start, stop, _ = slice(start, stop).indices(self.shape[0])
         values = self.store[self.row.place(self.layer, start, stop)]
-        if self.row.layout in ("linear", "conv3d"):  # transposed before it is read: then the stored bytes are copied, not turned
-            return values.transpose([1, 0]).read().result().reshape(-1, *self.shape[1:])
-        return np.ascontiguousarray(self.row.to_theirs(values.read().result()))
+        turned = self.row.layout in ("linear", "conv3d")  # before it is read: then the stored bytes are copied, not turned
+        try:
+            read = (values.transpose([1, 0]) if turned else values).read().result()
+        except ValueError as reason:
+            raise ConversionError(f"{self.file}: {self.name} cannot be read ({reason})") from reason
+        return read.reshape(-1, *self.shape[1:]) if turned else np.ascontiguousarray(self.row.to_theirs(read))
 
 
 def stored_tensors(rows: tuple[Row, ...], file: Path, spec: Callable[[tuple[str, ...]], dict[str, Any]]) -> dict[str, Tensor]:

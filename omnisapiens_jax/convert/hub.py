@@ -6,13 +6,26 @@ import re
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub.errors import LocalEntryNotFoundError
 
 from omnisapiens_jax.convert.tensors import ConversionError
 
 _ID = re.compile(r"[\w.-]+/[\w.-]+(?:@[\w./-]+)?")
-# Weights, settings and vocabulary; the optimizers of a training run, which may lie beside them, are of no use here.
-_WANTED = ("*.safetensors", "*.json", "*.txt", "*.jinja", "heads.bin", "adapters.bin", "adapter_model.bin", "*pytorch_model_fsdp*.bin", "*model_world_size_*.pt")
+# Weights, settings and vocabulary of every kind; optimizers, which may lie beside them, are of no use here.
+_WANTED = (
+    "*.safetensors",
+    "*.json",
+    "*.txt",
+    "*.jinja",
+    "tokenizer.model",
+    "heads.bin",
+    "adapters.bin",
+    "adapter_model.bin",
+    "*pytorch_model_fsdp*.bin",
+    "*model_world_size_*.pt",
+    "params/*",
+    "lora/*",
+)
 
 
 def resolve(name: str | Path) -> Path:
@@ -29,9 +42,11 @@ def resolve(name: str | Path) -> Path:
     try:
         return Path(snapshot_download(repository, revision=revision or None, allow_patterns=list(_WANTED)))
     except LocalEntryNotFoundError as reason:
+        command = f"hf download {repository}{f' --revision {revision}' if revision else ''} --local-dir DIR"
         raise ConversionError(
-            f"{name} is no directory here, and the Hugging Face hub cannot be reached and has left no copy in its cache. "
-            f"On a machine with a connection: huggingface-cli download {repository} --local-dir DIR, then name DIR"
+            f"{name} is no directory here, and the Hugging Face hub is out of reach and has left no whole copy in its cache. "
+            f"Where there is a connection, `{command}` makes a directory to name instead"
         ) from reason
-    except (HfHubHTTPError, OSError) as reason:
-        raise ConversionError(f"{name} is no directory here and cannot be had from the Hugging Face hub: {reason}") from reason
+    except Exception as reason:  # of many libraries below: HTTP, sockets, the disk
+        why = " ".join(str(reason).split())
+        raise ConversionError(f"{name} is no directory here, nor to be had from the Hugging Face hub: {why}") from reason

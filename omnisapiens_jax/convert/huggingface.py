@@ -6,17 +6,26 @@ import hashlib
 import json
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from omnisapiens_jax.convert.names import mappings
 from omnisapiens_jax.convert.source import Params, Progress, Skipped, Source, params_source
-from omnisapiens_jax.convert.tensors import ConversionError, SafetensorsWriter, Tensor, as_bytes, blocks, check_finite, read_safetensors, some
-from omnisapiens_jax.convert.unfinished import Journal, whole_or_nothing
+from omnisapiens_jax.convert.tensors import (
+    ConversionError,
+    SafetensorsWriter,
+    Tensor,
+    as_bytes,
+    blocks,
+    nbytes,
+    read_finite,
+    read_safetensors,
+    some,
+)
+from omnisapiens_jax.convert.unfinished import Journal, flush, whole_or_nothing
 from omnisapiens_jax.models.config import ThinkerConfig
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -134,13 +143,14 @@ def write_thinker(
     names = [name for row in mappings(source.config) for name in row.their_names]
     layout = layout or _divide({name: source.tensors[name] for name in names}, shard_bytes)
     write_files(folder, {name: (layout[name], source.tensors[name]) for name in names}, journal, progress)
+    _write_index(folder, layout, source.tensors.values())
     described = source.config.to_hf()
     stored = sorted({str(tensor.dtype) for tensor in source.tensors.values()})
     (folder / "config.json").write_text(json.dumps(described | ({"torch_dtype": stored[0]} if len(stored) == 1 else {}), indent=2))
 
 
 def write_omni(source: Source, base: Path, folder: Path, journal: Journal, *, progress: Progress | None = None) -> None:
-    """Writes a full Omni directory: the files of `base` with the thinker's tensors replaced, in their dtype of the source.
+    """Writes a full Omni directory: the files of `base` with the thinker's tensors replaced, in the source's dtypes.
 
     Raises:
       ConversionError: `base` is no full Omni directory, or its thinker has other names than the source's.
@@ -156,14 +166,17 @@ def write_omni(source: Source, base: Path, folder: Path, journal: Journal, *, pr
         for name, tensor in stored.items()
     }
     write_files(folder, chosen, journal, progress)
-    shutil.copyfile(base / "config.json", folder / "config.json")
+    _write_index(folder, {name: file for name, (file, _) in chosen.items()}, (tensor for _, tensor in chosen.values()))
+    for file in base.iterdir():  # the config, and what the speech side needs beside its weights
+        if file.is_file() and file.suffix != ".safetensors" and not (folder / file.name).exists():
+            shutil.copyfile(file, folder / file.name)
 
 
 def _divide(tensors: Mapping[str, Tensor], most: int) -> dict[str, str]:
     shards: list[list[str]] = [[]]
     filled = 0
     for name, tensor in tensors.items():
-        size = int(np.prod(tensor.shape)) * tensor.dtype.itemsize
+        size = nbytes([tensor])
         if shards[-1] and filled + size > most:
             shards.append([])
             filled = 0
@@ -175,15 +188,15 @@ def _divide(tensors: Mapping[str, Tensor], most: int) -> dict[str, str]:
 
 
 def write_files(folder: Path, tensors: Mapping[str, tuple[str, Tensor]], journal: Journal, progress: Progress | None) -> None:
-    """Writes tensors `name -> (file, tensor)`, the index where there is more than one file, and the receipt."""
+    """Writes tensors `name -> (file, tensor)` and the receipt; a file that the journal has is there already."""
     files: dict[str, dict[str, Tensor]] = {}
     for name, (file, tensor) in tensors.items():
         files.setdefault(file, {})[name] = tensor
-    done, total = 0, sum(_nbytes(tensor) for _, tensor in tensors.values())
+    total = nbytes(tensor for _, tensor in tensors.values())
+    done = sum(nbytes(chosen.values()) for file, chosen in files.items() if file in journal.done)
     with ThreadPoolExecutor(1) as pool:
         for file, chosen in files.items():
             if file in journal.done:
-                done += sum(map(_nbytes, chosen.values()))
                 continue
             records = []
             shapes = {name: (tensor.dtype, tensor.shape) for name, tensor in chosen.items()}
@@ -193,41 +206,34 @@ def write_files(folder: Path, tensors: Mapping[str, tuple[str, Tensor]], journal
                     tensor, digest = chosen[name], hashlib.sha256()
                     for _ in blocks(tensor.shape, tensor.dtype.itemsize, _READ_BYTES):
                         values = next(reads)
-                        check_finite(values, tensor)
                         digest.update(as_bytes(values))
                         writer.write(values)
                     record = {"name": name, "file": file, "source": str(tensor.file), "stored_name": tensor.name}
-                    records.append(
-                        record | {"shape": list(tensor.shape), "dtype": str(tensor.dtype), "sha256": digest.hexdigest()}
-                    )
-                    done += _nbytes(tensor)
+                    records.append(record | {"shape": list(tensor.shape), "dtype": str(tensor.dtype), "sha256": digest.hexdigest()})
+                    done += nbytes([tensor])
                     if progress:
                         progress(name, done, total)
+            flush(folder)
             journal.add(file, records)
-    if len(files) > 1:
-        where = {name: file for name, (file, _) in sorted(tensors.items())}
-        (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": where}, indent=2))
     (folder / RECEIPT).write_text(json.dumps({"tensors": [record for file in files for record in journal.done[file]]}, indent=1))
+
+
+def _write_index(folder: Path, files: Mapping[str, str], tensors: Iterable[Tensor]) -> None:
+    if set(files.values()) != {SINGLE}:
+        index = {"metadata": {"total_size": nbytes(tensors)}, "weight_map": dict(sorted(files.items()))}
+        (folder / INDEX).write_text(json.dumps(index, indent=2))
 
 
 def _reads(pool: ThreadPoolExecutor, tensors: Sequence[Tensor]) -> Iterator[np.ndarray]:
     """The blocks of all tensors one after the other, a few of them read ahead."""
-
-    def read(tensor: Tensor, start: int, stop: int) -> np.ndarray:
-        return tensor.read(start, stop).astype(tensor.dtype, copy=False)
-
     waiting: list[Future[np.ndarray]] = []
     for tensor in tensors:
         for start, stop in blocks(tensor.shape, tensor.dtype.itemsize, _READ_BYTES):
-            waiting.append(pool.submit(read, tensor, start, stop))
+            waiting.append(pool.submit(read_finite, tensor, start, stop, tensor.dtype))
             if len(waiting) > _AHEAD:
                 yield waiting.pop(0).result()
     while waiting:
         yield waiting.pop(0).result()
-
-
-def _nbytes(tensor: Tensor) -> int:
-    return int(np.prod(tensor.shape)) * tensor.dtype.itemsize
 
 
 def save_thinker(params: Params, config: ThinkerConfig, target: str | Path) -> None:

@@ -10,38 +10,44 @@ from pathlib import Path
 from typing import Any
 
 from omnisapiens_jax.convert import checkpoint, huggingface
+from omnisapiens_jax.convert.hub import resolve
 from omnisapiens_jax.convert.names import mappings
-from omnisapiens_jax.convert.parts import ADAPTERS, HEADS, OURS, is_part, modern
-from omnisapiens_jax.convert.runs import is_stage, open_stage
+from omnisapiens_jax.convert.parts import ADAPTERS, HEADS, MODALITIES, OURS, is_part, modern
+from omnisapiens_jax.convert.runs import is_stage, open_stage, stages
 from omnisapiens_jax.convert.source import Lora, Skipped, Source
 from omnisapiens_jax.convert.tensors import ConversionError, StoredTensor, Tensor, read_safetensors, some
 from omnisapiens_jax.convert.torch_files import ShardedTensor, join_shards, read_torch_file
 from omnisapiens_jax.models.layers import LORA_TARGETS, LoraConfig
 
-ADAPTER, ADAPTER_CONFIG = ("adapter_model.safetensors", "adapter_model.bin"), "adapter_config.json"
-FSDP = "pytorch_model_fsdp.bin"
+ADAPTER_CONFIG, ADAPTER, ADAPTER_PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+STATE, STATE_META = "pytorch_model_fsdp.bin", "meta.json"
+# The models that a trainer saved, in the order of its files: the whole one, then the adapters of a BAM run.
+_ORDERS = (["base"], ["base", "video"], ["base", "audio"], ["base", "video", "audio"], ["base", "audio", "video"])
 _VERL = re.compile(r"model_world_size_(\d+)_rank_(\d+)\.pt")
 _WRAPPERS = re.compile(r"(?:(?<=\.)|^)(?:_fsdp_wrapped_module|_orig_mod|module)\.")
 _LORA = re.compile(r"\.lora_(A|B)(?:\.[^.]+)?\.weight$")
 
 # Prefixes that libraries put before the thinker's own names, outermost first.
 _PREFIXES = ("backbone.", "base_model.model.", "thinker.")
-_RENAMED = {"model.language_model.": "model.", "model.audio_tower.": "audio_tower.", "model.visual.": "visual."}  # transformers 5, in memory
+# Names of transformers 5 in memory; its files have those of transformers 4.
+_RENAMED = {"model.language_model.": "model.", "model.audio_tower.": "audio_tower.", "model.visual.": "visual."}
+_HOW_TO_NAME = "base=DIR in Python, --base DIR of tools/convert_weights.py"
 
 
 def open_source(path: str | Path, *, base: str | Path | None = None, lora_alpha: float | None = None) -> Source:
-    """Opens a checkpoint of any kind.
+    """Opens a checkpoint of any kind: a directory, or the hub's `OWNER/NAME`.
 
     Args:
-      path: a checkpoint of ours, or the directory of a stage of a run (`runs/rl/rl`); a thinker or full Omni directory of Hugging Face, with released heads and adapters beside it; a PEFT
-        adapter; a `step_N` directory of the SFT or BAM trainers; a directory of verl's shards.
-      base: a directory with what the checkpoint itself lacks: `config.json`, and for a PEFT adapter the weights.
-      lora_alpha: of the factors in a trainer's state dict, which does not say it; twice the rank when None, as all of the original's runs.
+      path: a checkpoint of ours, or a stage of a run of ours (`runs/rl/rl`); a thinker or full Omni directory of Hugging Face, with
+        released heads and adapters beside it; a PEFT adapter; a `step_N` directory of the original SFT and BAM trainers; one of verl's
+        shards.
+      base: what the checkpoint itself lacks, likewise named: `config.json`, and for a PEFT adapter the weights.
+      lora_alpha: of the factors in a trainer's state dict, which does not say it; twice the rank when None, as in all runs of the original.
 
     Raises:
       ConversionError: it is none of these, or broken.
     """
-    path, base = Path(path), None if base is None else Path(base)
+    path, base = resolve(path), None if base is None else resolve(base)
     if not path.is_dir():
         raise ConversionError(f"{path} is not a directory; name the one that holds the checkpoint's files")
     if (path / checkpoint.MANIFEST).is_file():
@@ -49,9 +55,11 @@ def open_source(path: str | Path, *, base: str | Path | None = None, lora_alpha:
         return dataclasses.replace(ours, parts=dict(read_safetensors(path / OURS)) if (path / OURS).is_file() else {})
     if is_stage(path):
         return open_stage(path, open_source)
+    if found := stages(path):
+        raise ConversionError(f"{path} is a run of ours; name one of its stages: {some(found)}")
     if (path / ADAPTER_CONFIG).is_file():
         return _open_peft(path, base)
-    if (path / FSDP).is_file():
+    if (path / STATE).is_file():
         return _open_trainer(path, base, lora_alpha)
     if shards := _verl_shards(path):
         return _open_verl(shards, base, lora_alpha)
@@ -111,15 +119,11 @@ def _open_peft(path: Path, base: Path | None) -> Source:
     described = _json(path / ADAPTER_CONFIG)
     if base is None:
         named = described.get("base_model_name_or_path")
-        raise ConversionError(f"{path} holds LoRA factors only; name the model they belong to: --base DIR (it says {named!r})")
+        raise ConversionError(f"{path} holds LoRA factors only; name the model they belong to (it says {named!r}): {_HOW_TO_NAME}")
     _refuse_other_than_lora(described, path / ADAPTER_CONFIG)
-    file = next((path / name for name in ADAPTER if (path / name).is_file()), None)
-    if file is None:
-        raise ConversionError(f"{path} has {ADAPTER_CONFIG} but none of {', '.join(ADAPTER)}")
-    stored = read_safetensors(file) if file.suffix == ".safetensors" else _tensors(file)
-    factors, skipped = _rename(stored, file)
+    factors, skipped = _rename(_adapter_tensors(path), path)
     if homeless := [tensor.name for name, tensor in factors.items() if not _is_factor(name)]:
-        raise ConversionError(f"{file}: {some(homeless)} are no LoRA factors")
+        raise ConversionError(f"{path}: {some(homeless)} are no LoRA factors")
     thinker = open_source(base)
     if thinker.lora is not None:
         raise ConversionError(f"{base} has LoRA factors of its own; merge them first")
@@ -127,7 +131,7 @@ def _open_peft(path: Path, base: Path | None) -> Source:
         rank, alpha = int(described["r"]), float(described["lora_alpha"])
     except (KeyError, TypeError, ValueError) as reason:
         raise ConversionError(f"{path / ADAPTER_CONFIG} does not say r and lora_alpha ({reason!r})") from reason
-    lora = LoraConfig(rank, alpha, _targets(factors, thinker, file), stabilised=bool(described.get("use_rslora")))
+    lora = LoraConfig(rank, alpha, _targets(factors, thinker), stabilised=bool(described.get("use_rslora")))
     return dataclasses.replace(
         thinker,
         path=path,
@@ -137,16 +141,50 @@ def _open_peft(path: Path, base: Path | None) -> Source:
     )
 
 
+def _adapter_tensors(path: Path) -> Mapping[str, Tensor]:
+    if (path / ADAPTER).is_file():
+        return read_safetensors(path / ADAPTER)
+    if (path / ADAPTER_PICKLED).is_file():
+        return _tensors(path / ADAPTER_PICKLED)
+    if (path / huggingface.INDEX).is_file():  # transformers names the index of a divided adapter like that of a model
+        return huggingface.stored_tensors(path)
+    raise ConversionError(f"{path} has {ADAPTER_CONFIG} but neither {ADAPTER} nor {ADAPTER_PICKLED} nor shards with {huggingface.INDEX}")
+
+
+# Values that change nothing in W + scale * B A; other initialisations begin by changing W itself, which the factors do not tell.
+_PLAIN: dict[str, tuple[Any, ...]] = {
+    "peft_type": ("LORA",),
+    "bias": ("none", None),
+    "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),
+}
+_NOT_PLAIN = (
+    "use_dora",
+    "use_qalora",
+    "use_bdlora",
+    "kasa_config",
+    "arrow_config",
+    "monteclora_config",
+    "fan_in_fan_out",
+    "lora_bias",
+    "modules_to_save",
+    "rank_pattern",
+    "alpha_pattern",
+    "layers_to_transform",
+    "layer_replication",
+    "target_parameters",
+    "trainable_token_indices",
+    "alora_invocation_tokens",
+)
+
+
 def _refuse_other_than_lora(described: Mapping[str, Any], where: Path) -> None:
-    plain = {"peft_type": ("LORA",), "bias": ("none", None), "fan_in_fan_out": (False, None)}
-    wrong = [f"{key} {described.get(key)!r}" for key, allowed in plain.items() if described.get(key) not in allowed]
-    others = ("use_dora", "use_qalora", "lora_bias", "modules_to_save", "rank_pattern", "alpha_pattern", "trainable_token_indices")
-    wrong += [f"{key} {described[key]!r}" for key in others if described.get(key)]
+    wrong = [f"{key} {described.get(key)!r}" for key, allowed in _PLAIN.items() if described.get(key) not in allowed]
+    wrong += [f"{key} {described[key]!r}" for key in _NOT_PLAIN if described.get(key)]
     if wrong:
         raise ConversionError(f"{where}: {some(wrong)}: only plain LoRA can be read; merge this adapter with PEFT and import the result")
 
 
-def _targets(factors: Mapping[str, Tensor], thinker: Source, file: Path) -> dict[str, tuple[str, ...]]:
+def _targets(factors: Mapping[str, Tensor], thinker: Source) -> dict[str, tuple[str, ...]]:
     """The projections that have factors, by tower."""
     homes = {name.removesuffix(".weight"): row for row in mappings(thinker.config) for name in row.their_names}
     found: dict[str, set[str]] = {}
@@ -157,40 +195,48 @@ def _targets(factors: Mapping[str, Tensor], thinker: Source, file: Path) -> dict
         if projection in LORA_TARGETS.get(tower, ()) and row and row.layout == "linear":
             found.setdefault(tower, set()).add(projection)
         else:
-            homeless.append(tensor.name)
+            homeless.append(f"{tensor.name} in {tensor.file}")
     if homeless:
-        raise ConversionError(f"{file}: there is no projection for the LoRA factors {some(homeless)}")
-    return {tower: tuple(name for name in LORA_TARGETS[tower] if name in names) for tower, names in sorted(found.items())}
+        raise ConversionError(
+            f"no projection of {thinker.path} takes the LoRA factors {some(homeless)}: they belong to another model, or to a part that has "
+            "no LoRA here; merge them with PEFT and import the result"
+        )
+    return {tower: tuple(names) for tower, names in found.items()}
 
 
 def _open_trainer(path: Path, base: Path | None, lora_alpha: float | None) -> Source:
     """A `step_N` directory: the whole state dict, and of a BAM run the adapters in files of their own."""
-    tensors: dict[str, Tensor] = dict(_tensors(path / FSDP))
-    meta = _json(path / "meta.json") if (path / "meta.json").is_file() else {}
-    order = meta.get("model_order", ["base"])
-    if not isinstance(order, list) or order[:1] != ["base"] or not set(order[1:]) <= {"video", "audio"} or len(set(order)) < len(order):
-        raise ConversionError(f"{path / 'meta.json'}: model_order {order!r} is none of base, then video and audio")
-    renamed, skipped = _rename(tensors, path / FSDP)
-    for number, modality in enumerate(order[1:], 1):
-        file = path / f"pytorch_model_fsdp_{number}.bin"
-        if not file.is_file():
-            raise ConversionError(f"{file} is not there, but meta.json names {some(order)}")
+    order = _json(path / STATE_META).get("model_order", ["base"]) if (path / STATE_META).is_file() else ["base"]
+    if order not in _ORDERS:
+        raise ConversionError(f"{path / STATE_META}: model_order {order!r} is not 'base', then 'video' or 'audio' or both")
+    files = {modality: path / f"pytorch_model_fsdp_{number}.bin" for number, modality in enumerate(order[1:], 1)}
+    wanted, there = [path / STATE, *files.values()], [path / STATE, *sorted(path.glob("pytorch_model_fsdp_*.bin"))]
+    if wanted != there:
+        raise ConversionError(
+            f"{path}: the models {some(order)} (model_order in {STATE_META}) lie in {some(file.name for file in wanted)}, "
+            f"but there are {some(file.name for file in there)}; copy all files of the step"
+        )
+    tensors, skipped = _rename(_tensors(path / STATE), path / STATE)
+    for modality, file in files.items():
         # The adapters are attached to the model as well; the files of their own are what the optimizer of the adapters stepped.
-        renamed = {name: tensor for name, tensor in renamed.items() if not name.startswith(f"{modality}_adapter.")}
-        renamed |= {f"{modality}_adapter.{canonical(name)}": tensor for name, tensor in _tensors(file).items()}
-    kind = "a BAM checkpoint" if len(order) > 1 else "an SFT checkpoint"
-    return _from_state(path, f"{kind} of the original trainers", renamed, skipped, base, lora_alpha)
+        tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(f"{modality}_adapter.")}
+        tensors |= {f"{modality}_adapter.{canonical(name)}": tensor for name, tensor in _tensors(file).items()}
+    behavioural = any(name.startswith(f"{modality}_adapter.") for modality in MODALITIES for name in tensors)
+    kind = "a BAM checkpoint" if behavioural else "an SFT checkpoint"
+    return _from_state(path, f"{kind} of the original trainers", tensors, skipped, base, lora_alpha)
 
 
 def _verl_shards(path: Path) -> list[Path]:
     """The shards in a directory or in its `actor/`, in the order of their ranks."""
     for folder in (path, path / "actor"):
-        found = {int(match[2]): (file, int(match[1])) for file in folder.glob("model_world_size_*") if (match := _VERL.fullmatch(file.name))}
+        found = {
+            int(match[2]): (file, int(match[1])) for file in folder.glob("model_world_size_*") if (match := _VERL.fullmatch(file.name))
+        }
         if found:
             world = {size for _, size in found.values()}
-            if len(world) > 1 or sorted(found) != list(range(max(world))):
+            if world != {len(found)} or max(found) != len(found) - 1:
                 raise ConversionError(
-                    f"{folder} has the shards of ranks {some(sorted(found))} of world sizes {some(sorted(world))}; all of one are needed"
+                    f"{folder} has the shards of ranks {some(sorted(found))} of world size {some(sorted(world))}; all of one are needed"
                 )
             return [found[rank][0] for rank in sorted(found)]
     return []
@@ -206,8 +252,9 @@ def _open_verl(shards: Sequence[Path], base: Path | None, lora_alpha: float | No
     joined = {name: join_shards(name, [rank[name] for rank in ranks]) for name in ranks[0]}
     renamed, skipped = _rename(joined, shards[0])
     folder = shards[0].parent
-    beside = folder / "huggingface"
-    return _from_state(folder, f"verl's shards of {len(shards)} ranks", renamed, skipped, base or (beside if beside.is_dir() else None), lora_alpha)
+    beside = folder / "huggingface"  # verl puts config.json and the tokenizer there
+    base = base or (beside if beside.is_dir() else None)
+    return _from_state(folder, f"verl's shards of {len(shards)} ranks", renamed, skipped, base, lora_alpha)
 
 
 def _from_state(
@@ -215,7 +262,7 @@ def _from_state(
 ) -> Source:
     """A state dict by canonical names, divided into thinker, factors and parts."""
     if base is None:
-        raise ConversionError(f"{path} does not say the shapes of its model; name a directory with its config.json: --base DIR")
+        raise ConversionError(f"{path} does not say the shapes of its model; name a directory that has its config.json: {_HOW_TO_NAME}")
     thinker = {name: tensor for name, tensor in tensors.items() if not _is_factor(name) and not is_part(name)}
     factors = {name: tensor for name, tensor in tensors.items() if _is_factor(name)}
     parts = modern({name: tensor for name, tensor in tensors.items() if is_part(name)})
@@ -224,9 +271,9 @@ def _from_state(
     if factors:
         ranks = {tensor.shape[0] for name, tensor in factors.items() if name.endswith(".lora_A.weight") and tensor.shape}
         if len(ranks) != 1:
-            raise ConversionError(f"{path} has LoRA factors of ranks {some(sorted(ranks))}; one rank is needed")
+            raise ConversionError(f"{path} has LoRA factors of ranks {some(sorted(ranks))}; only factors of one rank can be read")
         rank = ranks.pop()
-        lora = LoraConfig(rank, 2.0 * rank if lora_alpha is None else lora_alpha, _targets(factors, source, path))
+        lora = LoraConfig(rank, 2.0 * rank if lora_alpha is None else lora_alpha, _targets(factors, source))
         source = dataclasses.replace(source, lora=Lora(lora, factors))
     return source
 

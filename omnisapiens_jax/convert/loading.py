@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,6 @@ from flax import nnx, traverse_util
 from jax.sharding import Mesh, Sharding
 
 from omnisapiens_jax.convert.checkpoint import put_params
-from omnisapiens_jax.convert.hub import resolve
 from omnisapiens_jax.convert.kinds import open_source
 from omnisapiens_jax.convert.names import Mapping as Row
 from omnisapiens_jax.convert.names import lora_mappings, mappings
@@ -58,27 +57,28 @@ def load(
     base: str | Path | None = None,
     options: ProcessingConfig | None = None,
 ) -> Loaded:
-    """Opens a checkpoint of any kind (`kinds.open_source`), or the hub's `OWNER/NAME`, and reads it onto the devices of a mesh.
+    """Opens a checkpoint of any kind (see `kinds.open_source`) and reads it onto the devices of a mesh.
 
-    Every device reads its own shards, a layer at a time; the host holds little more than one of them.
+    A host reads what its own devices hold, each row once; of the whole model it never holds more than one array.
 
     Args:
-      path: directory of the checkpoint, or its name on the hub.
+      path: directory of the checkpoint, or its name on the hub, `OWNER/NAME`.
       mesh: of `parallel.mesh.make_mesh`; all devices, the parameters divided over them (`fsdp`), when None.
-      dtype: to store and compute in; that of the checkpoint when None.
-      base: a directory with what the checkpoint itself lacks.
+      dtype: to store and compute in; that of the checkpoint (the widest of them) when None.
+      base: likewise named, what the checkpoint itself lacks.
       options: how media are decoded and prompts built.
 
     Raises:
       ConversionError: there is no such checkpoint, or it is broken.
       FileNotFoundError: it has no tokenizer beside it.
+      ValueError: its tokenizer is not the model's.
     """
-    source = open_source(resolve(path), base=None if base is None else resolve(base))
+    source = open_source(path, base=base)
     source.check()
-    tokenizer = open_tokenizer(source.companions)  # before the long work
-    mesh = make_mesh(data=1, fsdp=len(jax.devices())) if mesh is None else mesh
     config = source.config
-    stored = jnp.dtype(source.tensors[mappings(config)[0].their_names[0]].dtype if dtype is None else dtype)
+    processor = Processor(open_tokenizer(source.companions), config, options or ProcessingConfig())  # before the long work
+    mesh = make_mesh(data=1, fsdp=len(jax.devices())) if mesh is None else mesh
+    stored = jnp.dtype(jnp.result_type(*{tensor.dtype for tensor in source.tensors.values()}) if dtype is None else dtype)
     lora = None if source.lora is None else source.lora.config
     model = nnx.eval_shape(lambda: Thinker(config, rngs=nnx.Rngs(0), lora=lora, dtype=stored, param_dtype=stored))
     put_params(model, *read_params_onto(source, model, mesh))
@@ -89,7 +89,7 @@ def load(
         for modality, shape in shapes.adapters.items()
     }
     fill_parts(heads, adapters, source.parts)
-    return Loaded(model, Processor(tokenizer, config, options or ProcessingConfig()), config, heads, adapters)
+    return Loaded(model, processor, config, heads, adapters)
 
 
 def read_params_onto(source: Source, thinker: Thinker, mesh: Mesh) -> tuple[Params, Params | None]:
@@ -108,41 +108,45 @@ def read_onto(which: nnx.State, rows: Sequence[Row], tensors: Mapping[str, Tenso
       which: abstract state with a leaf for every row: its dtype and place on the mesh are those of the array.
       rows: of the table.
       tensors: a checked source's, by the rows' names.
-      mesh: whose devices read their own shards, a layer at a time.
+      mesh: to lie on.
     """
-    wanted = _by_path(which)
-    places = _by_path(shardings(which, mesh))
-    found = {row.ours: _read_array(row, tensors, places[row.ours].get_value(), wanted[row.ours].get_value().dtype) for row in rows}
+    wanted, places = _by_path(which), _by_path(shardings(which, mesh))
+    found = {row.ours: _read_array(row, tensors, places[row.ours], wanted[row.ours].dtype) for row in rows}
     return traverse_util.unflatten_dict(found)
 
 
 def _by_path(state: nnx.State) -> dict[tuple[str, ...], Any]:
-    return {tuple(map(str, path)): leaf for path, leaf in nnx.to_flat_state(state)}
+    return {tuple(map(str, path)): leaf.get_value() for path, leaf in nnx.to_flat_state(state)}
+
+
+Spans = tuple[tuple[int, int], ...]  # first and one past the last along each axis
 
 
 def _read_array(row: Row, tensors: Mapping[str, Tensor], sharding: Sharding, dtype: Any) -> jax.Array:
-    read: dict[tuple[tuple[int, int, int], ...], np.ndarray] = {}  # copies of a shard are read once
+    def spans(index: tuple[slice, ...] | None) -> Spans:
+        return tuple(part.indices(size)[:2] for part, size in zip(index or (), row.shape, strict=True))
 
-    def shard(index: tuple[slice, ...]) -> np.ndarray:
-        spans = tuple(part.indices(size) for part, size in zip(index, row.shape, strict=True))
-        if spans not in read:
-            read[spans] = _read_shard(row, tensors, spans, dtype)
-        return read[spans]
-
-    return jax.make_array_from_callback(row.shape, sharding, shard)
+    mine = {spans(index) for index in sharding.addressable_devices_indices_map(row.shape).values()}
+    shards = _read_shards(row, tensors, mine, dtype)
+    return jax.make_array_from_callback(row.shape, sharding, lambda index: shards[spans(index)])
 
 
-def _read_shard(row: Row, tensors: Mapping[str, Tensor], spans: tuple[tuple[int, int, int], ...], dtype: Any) -> np.ndarray:
-    (first, last, _), within = spans[0] if row.layers is not None else (0, 1, 1), spans if row.layers is None else spans[1:]
-    rows = within[0] if row.layout == "same" else within[-1]  # what is their first axis
-    others = tuple(slice(start, stop) for start, stop, _ in (within[1:] if row.layout == "same" else within[:-1]))
-    cut = (..., *others) if row.layout == "same" else (*others, ...)
-    shape = tuple(stop - start for start, stop, _ in within)
-    shard = np.empty((last - first, *shape), dtype)
-    for place, layer in enumerate(range(first, last)):
-        values = tensors[row.their_names[layer]].read(rows[0], rows[1])
-        shard[place] = row.to_ours(values)[cut]
-    return shard if row.layers is not None else shard[0]
+def _read_shards(row: Row, tensors: Mapping[str, Tensor], wanted: Iterable[Spans], dtype: Any) -> dict[Spans, np.ndarray]:
+    """Parts of the array of a row of the table; of each stored tensor only the rows that they lie in are read, and those once."""
+    shards = {spans: np.empty([stop - start for start, stop in spans], dtype) for spans in wanted}
+    axis = 0 if row.layout == "same" else -1  # of ours: the rows of theirs
+    for layer, name in enumerate(row.their_names):
+        read: dict[tuple[int, int], np.ndarray] = {}
+        for spans, shard in shards.items():
+            (first, last), within = ((0, 1), spans) if row.layers is None else (spans[0], spans[1:])
+            if not first <= layer < last:
+                continue
+            if within[axis] not in read:
+                read[within[axis]] = row.to_ours(tensors[name].read(*within[axis]))
+            cut = [slice(*span) for span in within]
+            cut[axis] = slice(None)
+            shard[... if row.layers is None else layer - first] = read[within[axis]][tuple(cut)]
+    return shards
 
 
 def fill_parts(heads: DomainHeads | None, adapters: Mapping[str, ResidualAdapter], parts: Mapping[str, Tensor]) -> None:

@@ -1,7 +1,7 @@
 """Classification heads and behavioural adapters (BAM) beside a thinker: checked, brought into today's form, written as they are released.
 
-Their names are those of the released files: `heads.0.weight` in `heads.bin`, `video_adapter.mlp.0.weight` in `adapters.bin`. A checkpoint of
-ours keeps both in one safetensors file under the same names.
+Their names are those of the released files: `heads.0.weight` in `heads.bin`, `video_adapter.mlp.0.weight` in `adapters.bin`. A checkpoint
+of ours keeps both in one safetensors file under the same names.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ OURS = "parts.safetensors"
 MODALITIES = ("video", "audio")  # in the order in which their deltas are added
 _HEAD = re.compile(r"heads\.(\d+)\.(weight|bias)")
 _ADAPTER = re.compile(rf"({'|'.join(MODALITIES)})_adapter\.(.+)")
-_CONFIDENCES = 3  # scalars that the first adapters were given after the descriptor, always zero
+_CONFIDENCES = 3  # scalars that the first adapters were given after the descriptor
+_OF_CONFIDENCES = ("ln_conf.weight", "ln_conf.bias", "conf_gain")
 
 
 def is_part(name: str) -> bool:
@@ -64,63 +65,85 @@ def part_shapes(parts: Mapping[str, Tensor], width: int, where: Path) -> PartSha
     Raises:
       ConversionError: lists every part that is unknown, missing or misshapen.
     """
-    heads = {int(match[1]) for name in parts if (match := _HEAD.fullmatch(name))}
-    shapes, problems = {}, []
-    if heads and heads != set(range(len(heads))):
-        problems.append(f"the heads are numbered {some(sorted(heads))}, not from 0 on")
-    labels = [_axis(parts, f"heads.{number}.weight", 0) for number in sorted(heads)]
-    for number, count in zip(sorted(heads), labels, strict=True):
-        shapes |= {f"heads.{number}.weight": (count, width), f"heads.{number}.bias": (count,)}
+    wanted: dict[str, tuple[int | str, ...]] = {}  # words where the parts themselves do not tell
+    numbers = sorted({int(match[1]) for name in parts if (match := _HEAD.fullmatch(name))})
+    labels = [_sizes(parts, f"heads.{number}.weight", ("labels", width))[0] for number in numbers]
+    for number, count in zip(numbers, labels, strict=True):
+        wanted |= {f"heads.{number}.weight": (count, width), f"heads.{number}.bias": (count,)}
     adapters = {}
     for modality in MODALITIES:
         prefix = f"{modality}_adapter."
         if any(name.startswith(prefix) for name in parts):
-            hidden, features = _axis(parts, f"{prefix}mlp.0.weight", 0), _axis(parts, f"{prefix}mlp.0.weight", 1)
+            hidden, features = _sizes(parts, f"{prefix}mlp.0.weight", ("hidden", "features"))
             normed = any(name.startswith(f"{prefix}ln_feats.") for name in parts)
             adapters[modality] = AdapterShape(features, hidden, normed)
-            wanted = {"mlp.0.weight": (hidden, features), "mlp.0.bias": (hidden,), "mlp.2.weight": (width, hidden), "mlp.2.bias": (width,)}
-            wanted |= {"alpha": (1,)} | ({"ln_feats.weight": (features,), "ln_feats.bias": (features,)} if normed else {})
-            shapes |= {prefix + name: shape for name, shape in wanted.items()}
-    problems += [f"{name} is unknown" for name in sorted(parts.keys() - shapes.keys())]
-    problems += [f"{name} is missing" for name in sorted(shapes.keys() - parts.keys())]
+            shapes = {"mlp.0.weight": (hidden, features), "mlp.0.bias": (hidden,), "mlp.2.weight": (width, hidden), "mlp.2.bias": (width,)}
+            shapes |= {"alpha": (1,)} | ({"ln_feats.weight": (features,), "ln_feats.bias": (features,)} if normed else {})
+            wanted |= {prefix + name: shape for name, shape in shapes.items()}
+    problems = [] if numbers == list(range(len(numbers))) else [f"the heads are numbered {some(numbers)}, not from 0 on"]
+    problems += [f"{name} is unknown" for name in sorted(parts.keys() - wanted.keys())]
+    problems += [f"{name} is missing" for name in sorted(wanted.keys() - parts.keys())]
     problems += [
-        f"{name} has shape {parts[name].shape}, not {shape}" for name, shape in shapes.items() if name in parts and parts[name].shape != shape
+        f"{name} has shape ({', '.join(map(str, parts[name].shape))}), not ({', '.join(map(str, shape))})"
+        for name, shape in wanted.items()
+        if name in parts and parts[name].shape != shape
     ]
-    problems += [f"{name} is {tensor.dtype}" for name, tensor in parts.items() if tensor.dtype.kind not in "fV"]
+    problems += [f"{name} is {tensor.dtype}, no floating number" for name, tensor in parts.items() if tensor.dtype.kind not in "fV"]
     if problems:
         raise ConversionError(f"the heads and adapters in {where} are not those of a model of width {width}: {some(problems)}")
     return PartShapes(tuple(labels), adapters)
 
 
-def _axis(parts: Mapping[str, Tensor], name: str, axis: int) -> int:
-    tensor = parts.get(name)
-    return tensor.shape[axis] if tensor is not None and len(tensor.shape) == 2 else 0
+def _sizes(parts: Mapping[str, Tensor], name: str, otherwise: tuple[Any, Any]) -> tuple[Any, Any]:
+    """The axes of a matrix, or words for them where it is none."""
+    shape = parts[name].shape if name in parts else ()
+    return (shape[0], shape[1]) if len(shape) == 2 else otherwise
 
 
 def modern(parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The same parts without what the first adapters had besides.
 
-    Their MLP was given three confidences after the descriptor, which were zero in every run, behind a LayerNorm of their own where there was
-    one: its bias was then a constant input, and goes into the bias of the first layer, `b1 + W1[:, D:] ln_conf.bias`.
+    Their MLP was given three confidences after the descriptor, zero in every run. These went through a LayerNorm of their own where the
+    descriptor did, which makes its bias of zeros, and were multiplied by `conf_gain` where there was one. What came out is constant, and
+    goes into the bias of the first layer: `b1 + W1[:, D:] (conf_gain * ln_conf.bias)`. The very first kept `alpha` as a scalar.
+
+    An adapter with neither LayerNorm nor gain does not show how wide its descriptor was, and stays as it is: with zeros after the
+    descriptor it gives what it gave.
     """
     found = dict(parts)
     for modality in MODALITIES:
         prefix = f"{modality}_adapter."
-        weight, normed = found.get(f"{prefix}mlp.0.weight"), found.get(f"{prefix}ln_feats.weight")
-        extra = {name.removeprefix(prefix): found.pop(name) for name in parts if re.match(rf"{prefix}(ln_conf\.|conf_gain)", name)}
-        if weight is None or len(weight.shape) != 2:
-            continue
-        widths = [tensor.shape[0] for tensor in (normed,) if tensor is not None and tensor.shape]
-        widths += [weight.shape[1] - _CONFIDENCES] if extra else []
-        if not widths or weight.shape[1] != widths[0] + _CONFIDENCES:
-            continue
-        matrix, bias = weight.read(), found[f"{prefix}mlp.0.bias"]
-        if "ln_conf.bias" in extra:
-            shift = matrix[:, widths[0] :].astype(np.float32) @ extra["ln_conf.bias"].read().astype(np.float32)
-            folded = (bias.read().astype(np.float32) + shift).astype(bias.dtype)
-            found[f"{prefix}mlp.0.bias"] = HeldTensor(bias.name, folded, bias.file)
-        found[f"{prefix}mlp.0.weight"] = HeldTensor(weight.name, np.ascontiguousarray(matrix[:, : widths[0]]), weight.file)
+        adapter = {name.removeprefix(prefix): tensor for name, tensor in parts.items() if name.startswith(prefix)}
+        extra = {name: adapter[name] for name in _OF_CONFIDENCES if name in adapter}
+        if "alpha" in adapter and adapter["alpha"].shape == ():
+            found[f"{prefix}alpha"] = _held(adapter["alpha"], adapter["alpha"].read().reshape(1))
+        if _has_confidences(adapter, extra):
+            for name in extra:
+                del found[prefix + name]
+            first, bias = adapter["mlp.0.weight"], adapter["mlp.0.bias"]
+            weight, constant = first.read(), np.zeros(_CONFIDENCES, np.float32)
+            if "ln_conf.bias" in extra:
+                constant = extra["ln_conf.bias"].read().astype(np.float32)
+            if "conf_gain" in extra:
+                constant = constant * extra["conf_gain"].read().astype(np.float32)
+            shift = weight[:, -_CONFIDENCES:].astype(np.float32) @ constant
+            found[f"{prefix}mlp.0.weight"] = _held(first, weight[:, :-_CONFIDENCES])
+            found[f"{prefix}mlp.0.bias"] = _held(bias, (bias.read().astype(np.float32) + shift).astype(bias.dtype))
     return found
+
+
+def _has_confidences(adapter: Mapping[str, Tensor], extra: Mapping[str, Tensor]) -> bool:
+    """Whether an adapter is one of the first, and whole."""
+    weight, bias = (adapter[name].shape if name in adapter else () for name in ("mlp.0.weight", "mlp.0.bias"))
+    if len(weight) != 2 or bias != weight[:1] or any(tensor.shape != (_CONFIDENCES,) for tensor in extra.values()):
+        return False
+    if "ln_feats.weight" in adapter:
+        return adapter["ln_feats.weight"].shape == (weight[1] - _CONFIDENCES,)
+    return bool(extra) and weight[1] > _CONFIDENCES
+
+
+def _held(tensor: Tensor, values: np.ndarray) -> HeldTensor:
+    return HeldTensor(tensor.name, np.ascontiguousarray(values), tensor.file)
 
 
 def write_parts(parts: Mapping[str, Tensor], folder: Path) -> list[dict[str, Any]]:
@@ -144,7 +167,10 @@ def write_released(parts: Mapping[str, Tensor], folder: Path) -> list[str]:
     """Writes `heads.bin` and `adapters.bin`, as far as there is something for them; returns their names."""
     written = []
     for file, mine in ((HEADS, _HEAD), (ADAPTERS, _ADAPTER)):
-        if chosen := {name: tensor.read() for name, tensor in parts.items() if mine.fullmatch(name)}:
-            write_torch_file(folder / file, chosen)
+        if chosen := {name: tensor for name, tensor in parts.items() if mine.fullmatch(name)}:
+            values = {name: tensor.read() for name, tensor in chosen.items()}
+            for name, tensor in chosen.items():
+                check_finite(values[name], tensor)
+            write_torch_file(folder / file, values)
             written.append(file)
     return written

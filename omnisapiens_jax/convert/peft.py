@@ -24,7 +24,8 @@ _LAYERS = {
 def write_adapter(source: Source, folder: Path, journal: Journal, *, progress: Progress | None = None) -> None:
     """Writes `adapter_model.safetensors`, `adapter_config.json` and a receipt.
 
-    Names are those of transformers 4, which transformers 5 reads too (the other way round the weights would silently not be found).
+    The decoder's factors have the names of transformers 4, which PEFT finds in a thinker of transformers 5 too. Those of the encoders have
+    the names of transformers 5: no spelling is found in both, and under transformers 4 PEFT warns that they are missing.
 
     Raises:
       ConversionError: the source has no LoRA factors.
@@ -32,7 +33,7 @@ def write_adapter(source: Source, folder: Path, journal: Journal, *, progress: P
     if source.lora is None:
         raise ConversionError(f"{source.path} has no LoRA factors")
     config = source.lora.config
-    write_files(folder, {_PREFIX + name: (FILE, tensor) for name, tensor in source.lora.factors.items()}, journal, progress)
+    write_files(folder, {_spelled(name): (FILE, tensor) for name, tensor in source.lora.factors.items()}, journal, progress)
     targets = (rf"{_LAYERS[tower]}\.({'|'.join(config.targets[tower])})" for tower in LORA_TARGETS if config.targets.get(tower))
     described = {
         "peft_type": "LORA",
@@ -48,3 +49,7 @@ def write_adapter(source: Source, folder: Path, journal: Journal, *, progress: P
         "target_modules": "|".join(targets),
     }
     (folder / "adapter_config.json").write_text(json.dumps(described, indent=2))
+
+
+def _spelled(name: str) -> str:
+    return _PREFIX + (f"model.{name}" if name.startswith(("audio_tower.", "visual.")) else name)

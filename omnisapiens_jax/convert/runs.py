@@ -28,6 +28,11 @@ def is_stage(path: Path) -> bool:
     return (path.parent / CONFIG).is_file() and any((path / kept).is_dir() for kept in _KEPT)
 
 
+def stages(path: Path) -> list[Path]:
+    """The stages of a run, if `path` is that of one."""
+    return sorted(child for child in path.iterdir() if child.is_dir() and is_stage(child))
+
+
 def open_stage(path: Path, open_base: Callable[[str], Source]) -> Source:
     """Opens the directory of a stage.
 
@@ -36,34 +41,36 @@ def open_stage(path: Path, open_base: Callable[[str], Source]) -> Source:
       open_base: opens `config.model.weights`.
 
     Raises:
-      ConversionError: there is no checkpoint in it, or the run's config is broken.
+      ConversionError: there is no checkpoint in it, the run's config is broken, or the weights it began with are no longer there.
     """
     state = _newest(path) / "state"
     try:
         model = json.loads((path.parent / CONFIG).read_text())["model"]
-        weights, lora = str(model["weights"]), model["lora"]
-        made = None if not lora["rank"] else LoraConfig(lora["rank"], lora["alpha"], lora["targets"], lora["stabilised"])
-        base = open_base(weights) if weights else None
-        config = base.config if base else ThinkerConfig.preset(model["preset"])
+        weights, preset, lora = str(model["weights"]), str(model["preset"]), model["lora"]
+        made = LoraConfig(lora["rank"], lora["alpha"], lora["targets"], lora["stabilised"]) if lora["rank"] else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as reason:
         raise ConversionError(f"{path.parent / CONFIG} is not the config of a run ({reason!r})") from reason
+    try:
+        base = open_base(weights) if weights else None
+    except ConversionError as reason:
+        raise ConversionError(f"{path.parent} began with the weights {weights} (config.model.weights): {reason}") from reason
+    config = base.config if base else ThinkerConfig.preset(preset)
 
     def spec(place: tuple[str, ...]) -> dict[str, Any]:
         inside = f"{'/'.join(('trainable', *place, 'value'))}/"
-        base = {"driver": "file", "path": f"{state.resolve()}/"}
-        return {"driver": "zarr", "kvstore": {"driver": "ocdbt", "base": base, "path": inside}}
+        return {"driver": "zarr", "kvstore": {"driver": "ocdbt", "base": f"file://{state.resolve()}/", "path": inside}}
 
     kind = f"step {state.parent.name} of a run of ours"
     if made is not None:
         if base is None:
             raise ConversionError(f"{path.parent / CONFIG}: the run trained LoRA factors on random weights, which it did not keep")
         factors = stored_tensors(lora_mappings(config, made), state, spec)
-        return dataclasses.replace(base, path=path, kind=f"{kind} on {base.kind}", lora=Lora(made, factors))
+        # Heads and adapters of the weights would read other states than those they were made for.
+        return dataclasses.replace(base, path=path, kind=f"{kind} on {base.kind}", lora=Lora(made, factors), parts={})
     tensors: dict[str, Tensor] = stored_tensors(tuple(row for row in mappings(config) if row.theirs != _UNUSED), state, spec)
     unused = next(row for row in mappings(config) if row.theirs == _UNUSED)
     tensors[_UNUSED] = base.tensors[_UNUSED] if base else HeldTensor(_UNUSED, np.zeros(unused.their_shape, np.float32), state)
-    companions = base.companions if base else resource("data/mini")
-    return Source(path, kind, config, tensors, None, {}, (), companions)
+    return Source(path, kind, config, tensors, None, {}, (), base.companions if base else resource("data/mini"))
 
 
 def _newest(path: Path) -> Path:

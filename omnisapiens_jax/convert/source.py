@@ -82,7 +82,7 @@ class Source:
         return part_shapes(self.parts, self.config.text.hidden_size, self.path)
 
     def merged(self) -> Source:
-        """The same thinker with its LoRA factors added to the weights, `W + scale * B A`, in float32."""
+        """The thinker of a checked source with its LoRA factors added to the weights, `W + scale * B A`, in float32."""
         if self.lora is None:
             return self
         tensors = dict(self.tensors)
@@ -142,13 +142,12 @@ class MergedTensor:
         """That of the weight."""
         return self.base.shape
 
-    @functools.cached_property
-    def _right(self) -> np.ndarray:
-        return self.first.read().astype(np.float32) * np.float32(self.scale)
-
     def read(self, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Rows of the merged weight `[rows, in]` in float32."""
-        return self.base.read(start, stop).astype(np.float32) + self.second.read(start, stop).astype(np.float32) @ self._right
+        weight, first, second = (
+            part.astype(np.float32) for part in (self.base.read(start, stop), self.first.read(), self.second.read(start, stop))
+        )
+        return weight + second @ (first * np.float32(self.scale))
 
 
 def params_source(params: Params, config: ThinkerConfig) -> Source:

@@ -1,7 +1,8 @@
 """Tensors where they lie in files: found by reading headers, read by offset when asked for, and safetensors files written as they come.
 
-The safetensors package maps whole files into memory, which a conversion of 18 GB must not count on, and neither names a duplicate nor
-bounds what a hostile header says; so the header, a length and a JSON object, is read here. Everything wrong is a `ConversionError`.
+The safetensors package hands out whole tensors of a mapped file, where a conversion wants a few rows at a time and no more of them in
+memory; and it takes the last of two tensors of one name. So the header, a length and a JSON object, is read here, and the package has the
+last word on it. Everything wrong is a `ConversionError`.
 """
 
 from __future__ import annotations
@@ -16,17 +17,23 @@ from typing import Any, Protocol
 
 import ml_dtypes
 import numpy as np
+from safetensors import SafetensorError, safe_open
 
 _LONGEST_HEADER = 100_000_000  # bytes; the limit of the format's own library
-_LARGEST_AXIS = 1 << 48  # beyond it numpy's arithmetic on shapes overflows
+_MOST_AXES = 64  # of an array of numpy
+_MOST_BYTES = 1 << 63  # beyond it numpy's arithmetic on shapes overflows, also where another axis is zero
 
-# The names of the format, in the order in which its library sorts tensors when it writes (widest first, read from the end).
+# The names of the format, in the order in which its library sorts tensors when it writes (widest first, read from the end). Those that
+# pack numbers of less than a byte are not here: numpy has no such arrays.
 DTYPES: dict[str, np.dtype] = {
     "BOOL": np.dtype(np.bool_),
     "U8": np.dtype(np.uint8),
     "I8": np.dtype(np.int8),
     "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
     "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
+    "F8_E4M3FNUZ": np.dtype(ml_dtypes.float8_e4m3fnuz),
+    "F8_E5M2FNUZ": np.dtype(ml_dtypes.float8_e5m2fnuz),
     "I16": np.dtype(np.int16),
     "U16": np.dtype(np.uint16),
     "F16": np.dtype(np.float16),
@@ -34,6 +41,7 @@ DTYPES: dict[str, np.dtype] = {
     "I32": np.dtype(np.int32),
     "U32": np.dtype(np.uint32),
     "F32": np.dtype(np.float32),
+    "C64": np.dtype(np.complex64),
     "F64": np.dtype(np.float64),
     "I64": np.dtype(np.int64),
     "U64": np.dtype(np.uint64),
@@ -86,11 +94,6 @@ class StoredTensor:
     offset: int  # of its first element, in bytes from the beginning of the file
     strides: tuple[int, ...] | None = None  # in elements, none negative; None = rows one after the other
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of its values."""
-        return math.prod(self.shape) * self.dtype.itemsize
-
     def read(self, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Its values, or those of the rows `start` to `stop` of its first axis, C-contiguous and in memory of their own.
 
@@ -111,7 +114,7 @@ class StoredTensor:
         try:
             with self.file.open("rb", buffering=0) as file:
                 file.seek(offset)
-                rest = memoryview(values.view(np.uint8))
+                rest = as_bytes(values)
                 while rest:
                     got = file.readinto(rest)
                     if not got:
@@ -152,8 +155,8 @@ def read_safetensors(path: Path) -> dict[str, StoredTensor]:
     """The tensors of a safetensors file by their names; only the header is read.
 
     Raises:
-      ConversionError: the file is missing or its header is not what the format allows: truncated, names given twice, unknown dtypes,
-        tensors that overlap, leave gaps or do not fit their shapes.
+      ConversionError: the file is missing, or it or its header is not what the format allows: truncated, names given twice, unknown
+        dtypes, tensors that overlap, leave gaps or do not fit their shapes.
     """
     try:
         with path.open("rb") as file:
@@ -170,7 +173,7 @@ def read_safetensors(path: Path) -> dict[str, StoredTensor]:
         raise ConversionError(f"{path}: the header is broken ({reason})") from reason
     if not isinstance(entries, dict):
         raise ConversionError(f"{path}: the header is not a JSON object")
-    entries.pop("__metadata__", None)
+    entries.pop("__metadata__", None)  # checked by the package
     begin, found = 8 + length, {}
     for name, entry in entries.items():
         dtype, shape, span = _entry(path, name, entry)
@@ -182,6 +185,11 @@ def read_safetensors(path: Path) -> dict[str, StoredTensor]:
         end = stop
     if begin + end != size:
         raise ConversionError(f"{path} is truncated or has a tail: its tensors end at byte {begin + end:,}, the file at {size:,}")
+    try:
+        with safe_open(path, framework="np"):  # what else serde's JSON is strict about: NaN, -0, half a surrogate pair
+            pass
+    except (SafetensorError, OSError) as reason:
+        raise ConversionError(f"{path}: the header is broken ({reason})") from reason
     return {name: tensor for name, (_, tensor) in found.items()}
 
 
@@ -198,11 +206,13 @@ def _entry(path: Path, name: str, entry: Any) -> tuple[np.dtype, tuple[int, ...]
         raise ConversionError(f"{path}: the header does not describe {name} by dtype, shape and data_offsets")
     shape, span, dtype = entry["shape"], entry["data_offsets"], entry.get("dtype")
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise ConversionError(f"{path}: {name} has dtype {dtype!r}; known: {', '.join(DTYPES)}")
-    if not all(type(axis) is int and 0 <= axis < _LARGEST_AXIS for axis in shape) or len(shape) > 32:
-        raise ConversionError(f"{path}: {name} cannot have shape {some(shape)}")
-    if len(span) != 2 or not all(type(place) is int for place in span) or not 0 <= span[0] <= span[1]:
-        raise ConversionError(f"{path}: {name} cannot lie at {some(span)}")
+        raise ConversionError(f"{path}: {name} has dtype {dtype!r:.40}; known: {', '.join(DTYPES)}")
+    if len(shape) > _MOST_AXES or not all(type(axis) is int and 0 <= axis < _MOST_BYTES for axis in shape):
+        raise ConversionError(f"{path}: {name} cannot have shape [{some(shape)}]")
+    if math.prod(axis or 1 for axis in shape) * DTYPES[dtype].itemsize >= _MOST_BYTES:
+        raise ConversionError(f"{path}: {name} cannot have shape {shape}: no machine addresses so much")
+    if len(span) != 2 or not all(type(place) is int and 0 <= place < _MOST_BYTES for place in span) or span[0] > span[1]:
+        raise ConversionError(f"{path}: {name} cannot lie at [{some(span)}]")
     if span[1] - span[0] != math.prod(shape) * DTYPES[dtype].itemsize:
         raise ConversionError(f"{path}: {name} is {dtype} {shape} but has {span[1] - span[0]:,} bytes")
     return DTYPES[dtype], tuple(shape), (span[0], span[1])
@@ -253,7 +263,21 @@ class SafetensorsWriter:
         self._file.write(as_bytes(values))
 
 
-def check_finite(values: np.ndarray, tensor: Tensor, where: str = "") -> None:
+def read_finite(tensor: Tensor, start: int, stop: int, dtype: np.dtype) -> np.ndarray:
+    """Rows of a tensor in a dtype, C-contiguous. Raises ConversionError if any value is not finite, or becomes so when it is cast."""
+    values = tensor.read(start, stop)
+    check_finite(values, tensor)
+    if values.dtype != dtype:
+        with np.errstate(over="ignore"):
+            values = values.astype(dtype)
+        check_finite(values, tensor, f" as {dtype}: they are too large for it, choose another dtype")
+    return values
+
+
+_DIVERGED = "; a model with them answers nothing. Get the checkpoint again, or one saved before its training diverged"
+
+
+def check_finite(values: np.ndarray, tensor: Tensor, why: str = _DIVERGED) -> None:
     """Raises ConversionError, which names the tensor, if any value is infinite or NaN; integers and bytes always pass."""
     if values.dtype not in _FLOATING:
         return
@@ -264,15 +288,17 @@ def check_finite(values: np.ndarray, tensor: Tensor, where: str = "") -> None:
     for start in range(0, bits.size, 1 << 18):
         if ((bits[start : start + (1 << 18)] & mask) == mask).any():
             count = int(((bits & mask) == mask).sum())
-            raise ConversionError(
-                f"{tensor.file}: {count:,} of the {bits.size:,} values read of {tensor.name} are infinite or NaN{where}; "
-                "a model with them answers nothing. Get the checkpoint again, or one saved before its training diverged"
-            )
+            raise ConversionError(f"{tensor.file}: {count:,} of {bits.size:,} values read of {tensor.name} are infinite or NaN{why}")
 
 
 def as_bytes(values: np.ndarray) -> memoryview:
     """The bytes of a C-contiguous array."""
     return values.reshape(-1).view(np.uint8).data
+
+
+def nbytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the values of some tensors in the dtypes they are stored in."""
+    return sum(math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in tensors)
 
 
 def blocks(shape: tuple[int, ...], itemsize: int, most: int) -> Iterator[tuple[int, int]]:

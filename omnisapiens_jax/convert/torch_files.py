@@ -1,9 +1,9 @@
 """Files of `torch.save`, read without torch and without executing anything in them, and written for torch to read.
 
 Such a file is a zip archive: `data.pkl`, a pickle that says how tensors are put together, and the storages as plain bytes. A pickle is a
-program, so it is run here with a list of the few things it may name: tensors, plain containers and, for the shards of an FSDP run, the
-records that say how a tensor was divided. Every one of them is a stand-in of ours that only remembers what it was given. Anything else is
-refused by name. The pure-Python unpickler is used because the one in C allocates what a hostile file asks for.
+program that names functions and calls them. Here it may name nothing but what tensors consist of, and nothing is called: a call is noted
+down with its arguments, and the notes are read when the program has ended. The pure-Python unpickler runs it because the one in C
+allocates what a hostile file asks for.
 """
 
 from __future__ import annotations
@@ -14,18 +14,19 @@ import math
 import os
 import pickle
 import zipfile
-from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import ml_dtypes
 import numpy as np
 
-from omnisapiens_jax.convert.tensors import ConversionError, StoredTensor, Tensor, as_bytes, some
+from omnisapiens_jax.convert.tensors import ConversionError, StoredTensor, Tensor, as_bytes
 
-_LONGEST_PICKLE = 256 << 20  # bytes; that of the largest shard of the family has less than one MiB
-_LARGEST_AXIS = 1 << 48
+_LONGEST_PICKLE = 8 << 20  # bytes; that of the largest shard of the family has about one MiB, and a hostile one takes 70 times its length
+_LONGEST_NAME = 500
+_MOST_AXES = 32
+_LARGEST_SHAPE = 1 << 48  # elements; beyond it numpy's arithmetic on shapes overflows
 _ALIGNMENT = 64  # of a storage in the archive, as torch writes it
 _LOCAL_HEADER = 30  # bytes of a zip entry's own header before its name
 
@@ -56,36 +57,58 @@ _DTYPES: dict[str, np.dtype] = {
     "bool": np.dtype(np.bool_),
 }
 
+# All that a pickle may name, by the modules that torch 1.6 to 2.13 keep it in. The last part of a name is enough to tell it.
+_NAMES = {
+    "collections.OrderedDict",
+    *(f"torch.{name}" for name in ("Size", "Tensor", "device", *_STORAGES, *_DTYPES)),
+    "torch.serialization._get_layout",
+    "torch.storage.UntypedStorage",
+    "torch._tensor._rebuild_from_type_v2",
+    *(f"torch._utils._rebuild_{what}" for what in ("tensor_v2", "tensor_v3", "parameter", "parameter_with_state", "wrapper_subclass")),
+    # Of tensors that are divided over a mesh of devices.
+    *(f"torch.distributed.{module}.DTensor" for module in ("tensor", "tensor._api", "_tensor", "_tensor.api")),
+    *(
+        f"torch.distributed.{module}.{name}"
+        for module in ("tensor._dtensor_spec", "_tensor._dtensor_spec", "_tensor.placement_types")
+        for name in ("DTensorSpec", "TensorMeta", "ShardOrderEntry")
+    ),
+    *(f"torch.distributed.{module}.placement_types.{name}" for module in ("tensor", "_tensor") for name in ("Shard", "Replicate")),
+    *(f"torch.distributed.{module}.DeviceMesh" for module in ("device_mesh", "_tensor.device_mesh")),
+    *(f"torch.distributed._mesh_layout.{name}" for name in ("_MeshLayout", "_FlatLayout")),
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class ShardedTensor:
-    """One rank's part of a tensor that was divided over a mesh of devices (torch's DTensor).
+    """One rank's part of a tensor that is divided over a mesh of devices (torch's DTensor).
 
     Attributes:
       local: what this rank holds.
       shape: of the whole tensor.
-      mesh: number of devices along each axis of the mesh.
+      place: of this rank in the mesh, an index for each axis of the mesh.
       shards: for each axis of the mesh the axis of the tensor that is divided over it; None = each device has a copy.
     """
 
     local: StoredTensor
     shape: tuple[int, ...]
-    mesh: tuple[int, ...]
+    place: tuple[int, ...]
     shards: tuple[int | None, ...]
 
 
 def read_torch_file(path: Path) -> Any:
     """What `torch.save` put into a file: dicts, lists, numbers and strings, with a `StoredTensor` or `ShardedTensor` for every tensor.
 
-    Tensors are named by their place, `heads.0.weight` or `model.layers.0`; their values stay in the file until they are read.
+    Tensors are named by their place, `heads.0.weight` or `model.layers.0`; their values stay in the file until they are read. Tuples come
+    back as lists.
 
     Raises:
       ConversionError: the file is missing or broken, of torch before 1.6, or holds anything else; the message names it.
     """
     try:
-        with zipfile.ZipFile(path) as archive, path.open("rb") as file:
+        with path.open("rb") as file, zipfile.ZipFile(file) as archive:
             members = _Members(path, archive, file)
-            return _named(_Reader(path, members).load(), "", path)
+            program = members.content(members.pickle)
+            return _Notes(path, members, len(program)).read(_Reader(path, program).load(), "")
     except ConversionError:
         raise
     except zipfile.BadZipFile as reason:
@@ -102,7 +125,7 @@ def read_torch_file(path: Path) -> Any:
 class _Members:
     """Where the members of the archive lie in the file."""
 
-    def __init__(self, path: Path, archive: zipfile.ZipFile, file: Any):
+    def __init__(self, path: Path, archive: zipfile.ZipFile, file: BinaryIO):
         self._path, self._file = path, file
         self._size = os.fstat(file.fileno()).st_size
         entries = archive.infolist()
@@ -116,14 +139,14 @@ class _Members:
         self._root = self.pickle.removesuffix("data.pkl")
         order = f"{self._root}byteorder"
         if order in self._entries and self.content(order) != b"little":
-            raise ConversionError(f"{path} was saved on a big-endian machine; load it with torch and save it again")
+            raise ConversionError(f"{path} was saved on a big-endian machine; load it with torch on another one and save it again")
 
     def span(self, name: str) -> tuple[int, int]:
         """Offset and length of a member's bytes."""
         entry = self._entries.get(name)
         if entry is None:
-            raise ConversionError(f"{self._path} has no member {name}; is it truncated?")
-        if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1:
+            raise ConversionError(f"{self._path} has no member {name[:_LONGEST_NAME]!r}; is it truncated?")
+        if entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size or entry.flag_bits & 1:
             raise ConversionError(f"{self._path}: {name} is compressed or encrypted, which torch.save does not do")
         self._file.seek(entry.header_offset)
         header = self._file.read(_LOCAL_HEADER)
@@ -147,175 +170,184 @@ class _Members:
         return self.span(f"{self._root}data/{key}")
 
 
-@dataclasses.dataclass(frozen=True)
-class _Storage:
-    offset: int
-    nbytes: int
-    dtype: np.dtype | None  # None where the tensor says it
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Name:
+    """Something that the pickle names, of `_NAMES`, without its module."""
+
+    name: str
 
 
-class _Record:
-    """An object of torch of which only the class's name and the state are kept."""
+@dataclasses.dataclass(eq=False)
+class _Call:
+    """A call that the pickle asks for and nobody makes: of what, with which arguments, and the state its result was to be given."""
 
-    def __init__(self, *arguments: Any, **state: Any):
-        self.arguments = arguments
-        self.state: dict[str, Any] = state
-
-
-class _DTensor(_Record): ...
+    name: str
+    arguments: tuple[Any, ...]
+    state: Any = None
 
 
-class _Spec(_Record): ...
+_Unpickler: Any = pickle._Unpickler  # pyright: ignore[reportAttributeAccessIssue]
+_PLAIN = [
+    getattr(pickle, name)[0]
+    for name in (
+        "PROTO FRAME STOP MARK NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINFLOAT BINUNICODE SHORT_BINUNICODE "
+        "EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_LIST APPEND APPENDS EMPTY_DICT "
+        "MEMOIZE BINPUT LONG_BINPUT BINGET LONG_BINGET GLOBAL STACK_GLOBAL BINPERSID"
+    ).split()
+]
 
 
-class _Mesh(_Record): ...
+class _Reader(_Unpickler):
+    """Runs the pickle: containers, numbers and strings are built, calls are noted down."""
 
+    def __init__(self, path: Path, program: bytes):
+        super().__init__(io.BytesIO(program))
+        self._path = path
 
-class _TensorMeta(_Record): ...
-
-
-class _Shard(_Record): ...
-
-
-class _Replicate(_Record): ...
-
-
-class _Parameter(_Record): ...
-
-
-_PLACEMENTS = "torch.distributed.tensor.placement_types", "torch.distributed._tensor.placement_types"
-_RECORDS: dict[tuple[str, str], type[_Record]] = {
-    **{(f"torch.distributed.{name}", "DTensor"): _DTensor for name in ("tensor", "tensor._api", "_tensor", "_tensor.api")},
-    **{(f"torch.distributed.{name}", "DTensorSpec"): _Spec for name in ("tensor._dtensor_spec", "_tensor._dtensor_spec", "_tensor.placement_types")},
-    **{(f"torch.distributed.{name}", "TensorMeta"): _TensorMeta for name in ("tensor._dtensor_spec", "_tensor._dtensor_spec", "_tensor.placement_types")},
-    **{(f"torch.distributed.{name}", "DeviceMesh"): _Mesh for name in ("device_mesh", "_tensor.device_mesh")},
-    **{(module, "Shard"): _Shard for module in _PLACEMENTS},
-    **{(module, "Replicate"): _Replicate for module in _PLACEMENTS},
-    ("torch.nn.parameter", "Parameter"): _Parameter,
-}
-
-
-class _Reader(pickle._Unpickler):  # pyright: ignore[reportAttributeAccessIssue]
-    """Runs the pickle with stand-ins. Calls and states are allowed for those alone; containers are built as usual."""
-
-    def __init__(self, path: Path, members: _Members):
-        super().__init__(io.BytesIO(members.content(members.pickle)))
-        self._path, self._members = path, members
-        self._calls: dict[tuple[str, str], Callable[..., Any]] = {
-            ("torch._utils", "_rebuild_tensor_v2"): self._tensor,
-            ("torch._utils", "_rebuild_tensor_v3"): self._typed_tensor,
-            ("torch._utils", "_rebuild_parameter"): lambda data, *_: data,
-            ("torch._utils", "_rebuild_wrapper_subclass"): lambda *_: None,  # its parts are in the state
-            ("torch._tensor", "_rebuild_from_type_v2"): self._subclass,
-            ("torch.serialization", "_get_layout"): str,
-            ("torch", "device"): lambda *names: names,
-            ("torch", "Size"): tuple,
-        }
-
-    def find_class(self, module: str, name: str) -> Any:
+    def find_class(self, module: str, name: str) -> _Name:
         """What a name in the pickle stands for."""
-        if (module, name) == ("collections", "OrderedDict"):
-            return OrderedDict
-        if module == "torch" and name in _STORAGES:
-            return _STORAGES[name]
-        if module == "torch" and name in _DTYPES:
-            return _DTYPES[name]
-        if (module, name) in (("torch.storage", "UntypedStorage"), ("torch", "UntypedStorage")):
-            return None
-        known = self._calls.get((module, name)) or _RECORDS.get((module, name))
-        if known is None:
-            raise ConversionError(
-                f"{self._path} is refused: it names {module}.{name}, and only tensors and plain containers are read. Nothing was executed"
-            )
-        return known
+        if f"{module}.{name}" not in _NAMES:
+            raise self._refused(f"it names {f'{module}.{name}'[:_LONGEST_NAME]!r}, and only tensors and plain containers are read")
+        return _Name(name)
 
-    def persistent_load(self, pid: Any) -> _Storage:
+    def persistent_load(self, pid: Any) -> _Call:
         """A storage: ("storage", its type, its key, the device it was on, how many elements)."""
-        if not isinstance(pid, tuple) or len(pid) != 5 or pid[0] != "storage" or not (pid[1] is None or isinstance(pid[1], np.dtype)):
-            raise ConversionError(f"{self._path}: a persistent object is no storage")
-        if not isinstance(pid[2], str):
-            raise ConversionError(f"{self._path}: a storage has the key {pid[2]!r}")
-        return _Storage(*self._members.storage(pid[2]), pid[1])
+        return _Call("storage", pid)
 
-    def _tensor(self, storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> StoredTensor:
-        return self._typed_tensor(storage, offset, shape, strides, False, None, storage.dtype)
+    def _note(self) -> None:
+        arguments, function = self.stack.pop(), self.stack.pop()
+        if not isinstance(function, _Name) or not isinstance(arguments, tuple):
+            raise self._refused("it calls something that is no function")
+        self.stack.append({} if function.name == "OrderedDict" and not arguments else _Call(function.name, arguments))
 
-    def _typed_tensor(
-        self, storage: Any, offset: Any, shape: Any, strides: Any, requires_grad: Any, hooks: Any, dtype: Any, *_: Any
-    ) -> StoredTensor:
+    def _set_state(self) -> None:
+        state, made = self.stack.pop(), self.stack[-1]
+        if isinstance(made, _Call):
+            made.state = state
+        elif not isinstance(made, dict):  # whose `_metadata`, of an OrderedDict, says nothing of the tensors
+            raise self._refused("it changes something that is no object")
+
+    def _set_items(self, items: Sequence[Any]) -> None:
+        if not isinstance(self.stack[-1], dict) or not all(isinstance(key, str | int) for key in items[::2]):
+            raise self._refused("it has a dict whose keys are neither strings nor whole numbers")  # a deep tuple's hash would crash Python
+        self.stack[-1].update(zip(items[::2], items[1::2], strict=True))
+
+    def _set_item(self) -> None:
+        value, key = self.stack.pop(), self.stack.pop()
+        self._set_items((key, value))
+
+    def _set_marked_items(self) -> None:
+        self._set_items(self.pop_mark())
+
+    def _unknown(self) -> None:
+        raise self._refused("it has an instruction that torch.save does not write")
+
+    def _refused(self, why: str) -> ConversionError:
+        return ConversionError(f"{self._path} is refused: {why}. Nothing was executed")
+
+    # Of Python's own instructions only those that put plain things together.
+    dispatch = dict.fromkeys(range(256), _unknown)
+    dispatch |= {code: _Unpickler.dispatch[code] for code in _PLAIN}
+    dispatch |= {pickle.REDUCE[0]: _note, pickle.NEWOBJ[0]: _note, pickle.BUILD[0]: _set_state}
+    dispatch |= {pickle.SETITEM[0]: _set_item, pickle.SETITEMS[0]: _set_marked_items}
+
+
+class _Notes:
+    """Reads what the pickle left: containers are made plain, and noted calls that make tensors become tensors."""
+
+    def __init__(self, path: Path, members: _Members, most: int):
+        """`most` things are read: what is put into several places, and itself consists of such, could be endless."""
+        self._path, self._members, self._left = path, members, most
+
+    def read(self, content: Any, name: str) -> Any:
+        """What lies at the place `name`."""
+        self._left -= 1
+        if self._left < 0:
+            raise ConversionError(f"{self._path} is refused: the same parts are repeated in it over and over")
+        match content:
+            case None | bool() | int() | float() | str():
+                return content
+            case dict():
+                return {key: self.read(value, self._place(name, key)) for key, value in content.items()}
+            case list() | tuple():
+                return [self.read(value, self._place(name, number)) for number, value in enumerate(content)]
+            case _Call("Size", (tuple() as size,)):
+                return self.read(size, name)
+            case _Call():
+                return self._tensor(content, name)
+        raise self._strange(name)
+
+    def _place(self, name: str, key: str | int) -> str:
+        place = f"{name}.{key}" if name else str(key)
+        if len(place) > _LONGEST_NAME:
+            raise ConversionError(f"{self._path} is refused: it has names of more than {_LONGEST_NAME} characters")
+        return place
+
+    def _strange(self, name: str) -> ConversionError:
+        return ConversionError(f"{self._path}: {name or 'what it holds'} is neither a tensor nor a plain container")
+
+    def _tensor(self, call: _Call, name: str) -> StoredTensor | ShardedTensor:
+        match call:
+            # Neither with anything after it: that would say that the values are to be negated.
+            case _Call("_rebuild_tensor_v2", (_Call("storage", ("storage", _Name(kind), str(key), *_)), offset, shape, strides, _, _)):
+                if kind in _STORAGES:
+                    return self._view(name, key, _STORAGES[kind], offset, shape, strides)
+            case _Call("_rebuild_tensor_v3", (_Call("storage", ("storage", _, str(key), *_)), offset, shape, strides, _, _, _Name(kind))):
+                if kind in _DTYPES:
+                    return self._view(name, key, _DTYPES[kind], offset, shape, strides)
+            case _Call("_rebuild_parameter" | "_rebuild_parameter_with_state", (_Call() as data, *_)):
+                return self._tensor(data, name)
+            case _Call("_rebuild_from_type_v2", (_Name(function), _Name("Tensor"), tuple() as arguments, _)):  # has attributes of its own
+                return self._tensor(_Call(function, arguments), name)
+            case _Call("_rebuild_from_type_v2", (_, _Name("DTensor"), _, (_, dict() as parts))):  # its attributes and its slots
+                return self._sharded(parts, name)
+        raise self._strange(name)
+
+    def _view(self, name: str, key: str, dtype: np.dtype, offset: Any, shape: Any, strides: Any) -> StoredTensor:
         """A view of a storage, checked to lie inside it. Offset and strides are in elements."""
-        numbers = (offset, *shape, *strides)
-        fine = isinstance(storage, _Storage) and isinstance(dtype, np.dtype) and len(shape) == len(strides) <= 32
-        if not fine or not all(type(number) is int and 0 <= number < _LARGEST_AXIS for number in numbers):
-            raise ConversionError(f"{self._path}: a tensor cannot have shape {some(shape)}, strides {some(strides)} and offset {offset}")
-        last = offset + (1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True)) if math.prod(shape) else 0)
-        if last * dtype.itemsize > storage.nbytes:
-            raise ConversionError(f"{self._path}: a tensor of shape {some(shape)} does not fit its storage of {storage.nbytes:,} bytes")
-        whole = tuple(strides) == _row_major(shape) or not math.prod(shape)
-        begin = storage.offset + offset * dtype.itemsize
-        return StoredTensor("", self._path, dtype, tuple(shape), begin, None if whole else tuple(strides))
+        fine = isinstance(shape, tuple) and isinstance(strides, tuple) and len(shape) == len(strides) <= _MOST_AXES
+        if not fine or not all(type(number) is int and 0 <= number < _LARGEST_SHAPE for number in (offset, *shape, *strides)):
+            raise ConversionError(f"{self._path}: {name} has an offset, shape or strides that no tensor has")
+        begin, nbytes = self._members.storage(key)
+        elements = math.prod(shape)
+        end = offset + (1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True)) if elements else 0)
+        if math.prod(size or 1 for size in shape) > _LARGEST_SHAPE or max(end, elements) * dtype.itemsize > nbytes:
+            raise ConversionError(f"{self._path}: {name} {dtype} {shape} does not fit into its storage of {nbytes:,} bytes")
+        whole = strides == _row_major(shape) or not elements
+        return StoredTensor(name, self._path, dtype, shape, begin + offset * dtype.itemsize, None if whole else strides)
 
-    def _subclass(self, call: Any, kind: Any, arguments: Any, state: Any) -> Any:
-        """A tensor of a subclass: how it is made, its class, the arguments of the making, and its state."""
-        if kind is _DTensor:
-            return self._sharded(_fields(state))
-        if kind is _Parameter:
-            return call(*arguments)
-        raise ConversionError(f"{self._path}: a tensor of a class of its own")
+    def _sharded(self, parts: Mapping[str, Any], name: str) -> ShardedTensor:
+        match parts:
+            case {
+                "_local_tensor": _Call() as local,
+                "_spec": _Call(
+                    state={
+                        "mesh": _Call(state={"_coordinate_on_dim": list() | tuple() as place}),
+                        "placements": tuple() as placements,
+                        "tensor_meta": _Call("TensorMeta", (_Call("Size", (tuple() as shape,)), *_)),
+                    }
+                ),
+            }:
+                tensor, shards = self._tensor(local, name), [self._axis(placement, name) for placement in placements]
+                axes = [axis for axis in shards if axis is not None]
+                numbers = (*shape, *place, *axes)
+                if (
+                    isinstance(tensor, StoredTensor)
+                    and len(place) == len(shards)
+                    and all(type(number) is int and 0 <= number < _LARGEST_SHAPE for number in numbers)
+                    and all(axis < len(shape) == len(tensor.shape) for axis in axes)
+                    and len(set(axes)) == len(axes)
+                ):
+                    return ShardedTensor(tensor, shape, tuple(place), tuple(shards))
+        raise ConversionError(f"{self._path}: {name} is divided over devices in a way that is not known here")
 
-    def _sharded(self, parts: Mapping[str, Any]) -> ShardedTensor:
-        local, spec = parts["_local_tensor"], parts["_spec"].state
-        mesh, meta = spec["mesh"].state, spec["tensor_meta"]
-        shape = meta.arguments[0] if meta.arguments else meta.state["shape"]
-        shards = tuple(self._axis(placement) for placement in spec["placements"])
-        sizes = self._mesh_shape(mesh)
-        axes = [axis for axis in shards if axis is not None]
-        if not isinstance(local, StoredTensor) or len(shards) != len(sizes) or len(set(axes)) < len(axes):
-            raise ConversionError(f"{self._path}: a tensor is divided in a way that is not known here: {shards} over {sizes}")
-        if any(not 0 <= axis < len(shape) for axis in axes):
-            raise ConversionError(f"{self._path}: a tensor of shape {some(shape)} is divided along {some(axes)}")
-        return ShardedTensor(local, tuple(shape), sizes, shards)
-
-    def _axis(self, placement: Any) -> int | None:
-        if isinstance(placement, _Replicate):
-            return None
-        if isinstance(placement, _Shard):
-            axis = placement.arguments[0] if placement.arguments else placement.state["dim"]
-            if type(axis) is int:
+    def _axis(self, placement: Any, name: str) -> int | None:
+        match placement:
+            case _Call("Replicate"):
+                return None
+            case _Call("Shard", state={"dim": int(axis)}):
                 return axis
-        raise ConversionError(f"{self._path}: a tensor is divided in a way that is not known here")
-
-    def _mesh_shape(self, mesh: Mapping[str, Any]) -> tuple[int, ...]:
-        """Devices along each axis, of which torch keeps nested lists or a tensor of ranks, or a layout of sizes."""
-        raise ConversionError(f"{self._path}: the mesh {sorted(mesh)} is not known here")
-
-    dispatch = dict(pickle._Unpickler.dispatch)  # pyright: ignore[reportAttributeAccessIssue]
-
-    def _load_reduce(self) -> None:
-        arguments = self.stack.pop()
-        call = self.stack[-1]
-        if call is not OrderedDict and call not in self._calls.values() and not (isinstance(call, type) and issubclass(call, _Record)):
-            raise ConversionError(f"{self._path} is refused: it calls something other than what makes tensors. Nothing was executed")
-        self.stack[-1] = call(*arguments)
-
-    def _load_build(self) -> None:
-        state = self.stack.pop()
-        made = self.stack[-1]
-        if isinstance(made, _Record):
-            made.state |= _fields(state)
-        elif not isinstance(made, OrderedDict):  # whose `_metadata` says nothing of the tensors
-            raise ConversionError(f"{self._path} is refused: it sets the state of something that is no tensor. Nothing was executed")
-
-    dispatch[pickle.REDUCE[0]] = _load_reduce
-    dispatch[pickle.BUILD[0]] = _load_build
-
-
-def _fields(state: Any) -> dict[str, Any]:
-    """Attributes as pickle keeps them: a dict, or a dict and one of slots."""
-    parts = state if isinstance(state, tuple) else (state,)
-    if not all(part is None or isinstance(part, dict) for part in parts):
-        raise ConversionError("the state of a tensor is no dict")
-    return {name: value for part in parts if part for name, value in part.items()}
+        raise ConversionError(f"{self._path}: {name} is divided over devices in a way that is not known here")
 
 
 def _row_major(shape: Sequence[int]) -> tuple[int, ...]:
@@ -323,22 +355,6 @@ def _row_major(shape: Sequence[int]) -> tuple[int, ...]:
     for size in reversed(shape[1:]):
         strides.append(strides[-1] * size)
     return tuple(reversed(strides)) if shape else ()
-
-
-def _named(content: Any, name: str, path: Path) -> Any:
-    """Plain containers again, with each tensor named by its place."""
-    match content:
-        case StoredTensor():
-            return dataclasses.replace(content, name=name)
-        case ShardedTensor():
-            return dataclasses.replace(content, local=dataclasses.replace(content.local, name=name))
-        case dict():
-            return {key: _named(value, f"{name}.{key}" if name else str(key), path) for key, value in content.items()}
-        case list() | tuple():
-            return [_named(value, f"{name}.{place}" if name else str(place), path) for place, value in enumerate(content)]
-        case None | bool() | int() | float() | str() | bytes():
-            return content
-    raise ConversionError(f"{path}: {name or 'what it holds'} is neither a tensor nor a plain container")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -375,7 +391,7 @@ class JoinedTensor:
 
 
 def join_shards(name: str, ranks: Sequence[StoredTensor | ShardedTensor]) -> Tensor:
-    """The whole of a tensor of which each rank of a run, in their order, saved its part.
+    """The whole of a tensor of which each rank of a run saved its part.
 
     Raises:
       ConversionError: the ranks disagree about how it was divided, or their parts do not make the whole.
@@ -385,18 +401,19 @@ def join_shards(name: str, ranks: Sequence[StoredTensor | ShardedTensor]) -> Ten
         if any(not isinstance(rank, StoredTensor) or (rank.shape, rank.dtype) != (first.shape, first.dtype) for rank in ranks):
             raise ConversionError(f"{first.file}: the ranks disagree about {name}")
         return first
-    described = {(rank.shape, rank.mesh, rank.shards) if isinstance(rank, ShardedTensor) else None for rank in ranks}
-    if len(described) != 1 or math.prod(first.mesh) != len(ranks):
-        raise ConversionError(f"{first.local.file}: the {len(ranks)} ranks disagree about how {name} was divided")
-    parts = np.empty(len(ranks), object)
-    parts[:] = [rank.local for rank in ranks if isinstance(rank, ShardedTensor)]
-    parts = parts.reshape(first.mesh)
+    placed = {rank.place: rank.local for rank in ranks if isinstance(rank, ShardedTensor) and rank.shards == first.shards}
+    mesh = tuple(max(indices) + 1 for indices in zip(*placed, strict=True))
+    if len(placed) < len(ranks) or math.prod(mesh) != len(ranks):
+        raise ConversionError(f"{first.local.file}: {name} is not divided over the {len(ranks)} ranks whose files are there")
+    parts = np.empty(mesh, object)
+    for place, local in placed.items():
+        parts[place] = local
     # The innermost axis of the mesh first: what it divides was divided last.
     for axis in reversed(first.shards):
-        flat = parts.reshape(-1, parts.shape[-1])
-        joined = np.empty(len(flat), object)
-        joined[:] = [row[0] if axis is None else _join(name, tuple(row), axis) for row in flat]
-        parts = joined.reshape(parts.shape[:-1])
+        joined = np.empty(parts.shape[:-1], object)
+        for place in np.ndindex(joined.shape):
+            joined[place] = parts[place][0] if axis is None else _join(name, tuple(parts[place]), axis)
+        parts = joined
     whole: Tensor = parts.item()
     if whole.shape != first.shape:
         raise ConversionError(f"{first.local.file}: the parts of {name} make {whole.shape}, not {first.shape}")
@@ -404,8 +421,7 @@ def join_shards(name: str, ranks: Sequence[StoredTensor | ShardedTensor]) -> Ten
 
 
 def _join(name: str, pieces: tuple[Tensor, ...], axis: int) -> JoinedTensor:
-    shapes = {(piece.dtype, len(piece.shape), piece.shape[:axis], piece.shape[axis + 1 :]) for piece in pieces}
-    if len(shapes) != 1 or len(pieces[0].shape) <= axis:
+    if len({(piece.dtype, piece.shape[:axis], piece.shape[axis + 1 :]) for piece in pieces}) != 1:
         raise ConversionError(f"{pieces[0].file}: the parts of {name} do not fit together along axis {axis}")
     shape = list(pieces[0].shape)
     shape[axis] = sum(piece.shape[axis] for piece in pieces)
@@ -425,16 +441,25 @@ def write_torch_file(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
             raise ConversionError(f"{name} is {array.dtype}, which files of torch.save cannot hold")
         program += [_text(name), _global("torch._utils", "_rebuild_tensor_v2"), pickle.MARK]
         program += [pickle.MARK, _text("storage"), _global("torch", names[array.dtype]), _text(str(number)), _text("cpu")]
-        program += [_number(array.size), pickle.TUPLE, pickle.BINPERSID, _number(0), *_numbers(array.shape), *_numbers(_row_major(array.shape))]
+        program += [
+            _number(array.size),
+            pickle.TUPLE,
+            pickle.BINPERSID,
+            _number(0),
+            *_numbers(array.shape),
+            *_numbers(_row_major(array.shape)),
+        ]
         program += [pickle.NEWFALSE, _global("collections", "OrderedDict"), pickle.EMPTY_TUPLE, pickle.REDUCE, pickle.TUPLE, pickle.REDUCE]
     program += [pickle.SETITEMS, pickle.STOP]
-    with zipfile.ZipFile(path, "w") as archive:
-        root = path.stem
-        _store(archive, f"{root}/data.pkl", b"".join(program))
-        _store(archive, f"{root}/byteorder", b"little")
-        for number, array in enumerate(tensors.values()):
-            _store(archive, f"{root}/data/{number}", as_bytes(np.ascontiguousarray(array)))
-        _store(archive, f"{root}/version", b"3\n")
+    with path.open("wb") as file:
+        with zipfile.ZipFile(file, "w") as archive:
+            _store(archive, "archive/data.pkl", b"".join(program))
+            _store(archive, "archive/byteorder", b"little")
+            for number, array in enumerate(tensors.values()):
+                _store(archive, f"archive/data/{number}", as_bytes(np.ascontiguousarray(array)))
+            _store(archive, "archive/version", b"3\n")
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _store(archive: zipfile.ZipFile, name: str, content: bytes | memoryview) -> None:

@@ -6,40 +6,56 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from omnisapiens_jax.convert.tensors import ConversionError
 
-_JOURNAL = "journal.jsonl"
+JOURNAL = "journal.jsonl"
 
 
 class Journal:
-    """What of a conversion is done and safely on disk: a record for each key. It lies in the unfinished directory and dies with it."""
+    """What of a conversion is done and on disk: a record for each key. It lies in the unfinished directory and dies with it."""
 
-    def __init__(self, path: Path, facts: Mapping[str, Any]):
-        """Opens the journal that a conversion of the same `facts` left there, or begins a new one; `fresh` says which."""
-        self.done: dict[str, Any] = {}
-        lines = path.read_text().splitlines() if path.exists() else []
-        records = [json.loads(line) for line in lines if line.endswith("}")]  # a killed writer leaves half a line
-        self.fresh = not records or records[0] != json.loads(json.dumps(facts))
-        if not self.fresh:
-            self.done = {record["key"]: record["record"] for record in records[1:]}
-        self._path = path
-        path.write_text("".join(f"{json.dumps(line)}\n" for line in ([facts] if self.fresh else records)))
+    def __init__(self, path: Path, facts: Any):
+        """Reads what work of the same `facts` (JSON-able) has left; `fresh` says that there is nothing to go on with."""
+        begun, self._path, self._facts = _records(path), path, json.loads(json.dumps(facts))
+        self.fresh = begun[:1] != [self._facts]
+        self.done: dict[str, Any] = {} if self.fresh else {line["key"]: line["record"] for line in begun[1:]}
+
+    def begin(self) -> None:
+        """Makes the file of a fresh journal."""
+        self._append(self._facts)
 
     def add(self, key: str, record: Any) -> None:
         """Says that `key` is done; what it names must be on disk already."""
         self.done[key] = record
+        self._append({"key": key, "record": record})
+
+    def _append(self, line: Any) -> None:
         with self._path.open("a") as file:
-            file.write(json.dumps({"key": key, "record": record}) + "\n")
+            file.write(json.dumps(line) + "\n")
+
+
+def _records(path: Path) -> list[Any]:
+    """The lines of a journal; one that a killed writer left unfinished is cut off."""
+    if not path.exists():
+        return []
+    content = path.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    try:
+        records = [json.loads(line) for line in whole.splitlines()]
+    except ValueError:  # no kill does this, but a machine that stops may
+        return []
+    os.truncate(path, len(whole))
+    return records
 
 
 @contextmanager
-def whole_or_nothing(target: str | Path, facts: Mapping[str, Any] | None) -> Iterator[tuple[Path, Journal]]:
-    """A directory to write into that becomes `target` when the block ends well.
+def whole_or_nothing(target: str | Path, facts: Any) -> Iterator[tuple[Path, Journal]]:
+    """A directory to write into that becomes `target`, with all that is in it on disk, when the block ends well.
 
     A block that ends with ConversionError leaves nothing: its source is not what it should be. A block that is killed, interrupted or
     finds the disk full leaves `.NAME.unfinished`; the same work (the same `facts`, JSON-able) begun again finds its journal and goes on,
@@ -51,26 +67,32 @@ def whole_or_nothing(target: str | Path, facts: Mapping[str, Any] | None) -> Ite
     """
     target = Path(target).resolve()
     folder = target.with_name(f".{target.name}.unfinished")
-    _refuse_existing(target)
+    refuse_existing(target)
     folder.mkdir(parents=True, exist_ok=True)
     with _locked(folder, target):
-        _refuse_existing(target)  # another process may just have finished it
+        refuse_existing(target)  # another process may just have finished it
         try:
-            journal = Journal(folder / _JOURNAL, {} if facts is None else facts)
+            journal = Journal(folder / JOURNAL, facts)
             if journal.fresh or facts is None:
-                journal.done.clear()
-                for old in folder.iterdir():
-                    if old.name != _JOURNAL:
-                        shutil.rmtree(old) if old.is_dir() else old.unlink()
+                _empty(folder)
+                journal.begin()
             yield folder, journal
-            (folder / _JOURNAL).unlink()
-            flush(folder)
+            (folder / JOURNAL).unlink()
+            _flush_tree(folder)
             folder.rename(target)
             flush(target.parent)
         except BaseException as reason:
             if facts is None or isinstance(reason, ConversionError):
                 shutil.rmtree(folder)
+            else:
+                reason.add_note(f"What is done is kept in {folder}: the same command goes on from there, another begins anew")
             raise
+
+
+def refuse_existing(target: Path) -> None:
+    """Raises FileExistsError if something is there."""
+    if target.exists():
+        raise FileExistsError(f"{target} exists; remove it or name another directory")
 
 
 @contextmanager
@@ -87,14 +109,22 @@ def _locked(folder: Path, target: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def _refuse_existing(target: Path) -> None:
-    if target.exists():
-        raise FileExistsError(f"{target} exists; remove it or name another directory")
+def _empty(folder: Path) -> None:
+    """Removes what other work left; its journal first, so that no later work takes the rest of it for its own."""
+    for old in sorted(folder.iterdir(), key=lambda old: old.name != JOURNAL):
+        shutil.rmtree(old) if old.is_dir() else old.unlink()
 
 
-def flush(directory: Path) -> None:
-    """Waits until the names in a directory are on disk."""
-    handle = os.open(directory, os.O_RDONLY)
+def _flush_tree(folder: Path) -> None:
+    for place, _, names in os.walk(folder):
+        for name in names:
+            flush(Path(place) / name)
+        flush(Path(place))
+
+
+def flush(path: Path) -> None:
+    """Waits until a file, or the names in a directory, are on disk."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

@@ -18,7 +18,7 @@ from flax import nnx
 from omnisapiens_jax.convert import checkpoint
 from omnisapiens_jax.convert.kinds import open_source
 from omnisapiens_jax.convert.source import Progress, Source, read_params
-from omnisapiens_jax.convert.tensors import ConversionError, Tensor, as_bytes, blocks, some
+from omnisapiens_jax.convert.tensors import ConversionError, Tensor, as_bytes, blocks, nbytes, some
 from omnisapiens_jax.models.config import ThinkerConfig
 from omnisapiens_jax.models.thinker import Thinker
 from omnisapiens_jax.processing.audio import audio_token_count
@@ -45,40 +45,46 @@ def verify(path: Path, reference: Path | None = None, *, python: str = sys.execu
 
     Args:
       path: a checkpoint of ours.
-      reference: a thinker or full Omni directory. Names, shapes, dtypes and checksums are compared; where `python` has transformers, the
-        checkpoint and it are also run on the same random text, sound and video, in float32.
+      reference: a thinker or full Omni directory. The thinker's weights (not LoRA factors, heads or adapters) are compared with it, cast to
+        the checkpoint's dtypes; where `python` has transformers, both are also run on the same random text, sound and video, in float32.
       python: an interpreter, this one or that of another environment.
       progress: called after each tensor.
+
+    Raises:
+      ConversionError: one of them cannot be read at all.
     """
+    recorded = {record["name"]: record["sha256"] for record in checkpoint.load_manifest(path)["tensors"]}
     source = open_source(path)
     source.check()
-    hashes = _hashes(source.tensors, progress)
-    recorded = {record["name"]: record for record in checkpoint.load_manifest(path)["tensors"] if record["tree"] == "params"}
-    found = [_same("tensors as the receipt says", hashes, {name: record["sha256"] for name, record in recorded.items()})]
+    tensors = {**source.tensors, **(source.lora.factors if source.lora else {}), **source.parts}
+    hashes = _hashes(tensors, {name: tensor.dtype for name, tensor in tensors.items()}, progress)
+    found = [_same("tensors as the receipt says", hashes, recorded)]
     if reference is None:
         return found
     theirs = open_source(reference)
     theirs.check()
-    for what, of in (("shapes", lambda tensor: tensor.shape), ("dtypes", lambda tensor: tensor.dtype)):
-        ours = {name: of(tensor) for name, tensor in source.tensors.items()}
-        found.append(_same(f"{what} of the reference", ours, {name: of(tensor) for name, tensor in theirs.tensors.items()}))
-    found.append(_same("values of the reference", hashes, _hashes(theirs.tensors, progress)))
+    shapes = {name: tensor.shape for name, tensor in theirs.tensors.items()}
+    found.append(_same("shapes of the reference", {name: tensor.shape for name, tensor in source.tensors.items()}, shapes))
+    if not found[-1].good:
+        return found
+    dtypes = {name: tensor.dtype for name, tensor in source.tensors.items()}
+    cast = sorted({f"{theirs.tensors[name].dtype} to {dtype}" for name, dtype in dtypes.items() if theirs.tensors[name].dtype != dtype})
+    what = f"values of the reference{f', cast from {some(cast)}' if cast else ''}"
+    found.append(_same(what, {name: hashes[name] for name in dtypes}, _hashes(theirs.tensors, dtypes, progress)))
     if importlib.util.find_spec("transformers") is None and python == sys.executable:
         found.append(Finding("run beside transformers", "not done: it is not installed here; name its interpreter with --python", "", True))
         return found
     return found + _run_both(source, reference, python)
 
 
-def _hashes(tensors: Mapping[str, Tensor], progress: Progress | None) -> dict[str, str]:
-    total, done = sum(int(np.prod(t.shape)) * t.dtype.itemsize for t in tensors.values()), 0
-    found = {}
+def _hashes(tensors: Mapping[str, Tensor], dtypes: Mapping[str, np.dtype], progress: Progress | None) -> dict[str, str]:
+    total, done, found = nbytes(tensors.values()), 0, {}
     for name, tensor in tensors.items():
         digest = hashlib.sha256()
         for start, stop in blocks(tensor.shape, tensor.dtype.itemsize, _READ_BYTES):
-            values = tensor.read(start, stop)
-            digest.update(as_bytes(values))
-            done += values.nbytes
+            digest.update(as_bytes(tensor.read(start, stop).astype(dtypes[name], copy=False)))
         found[name] = digest.hexdigest()
+        done += nbytes([tensor])
         if progress:
             progress(name, done, total)
     return found
@@ -92,27 +98,33 @@ def _same(what: str, found: Mapping[str, object], wanted: Mapping[str, object]) 
 
 def _run_both(source: Source, reference: Path, python: str) -> list[Finding]:
     example, inputs = _random_inputs(source.config)
+    ours = _answers(source, example)
+    theirs = _ask_transformers(inputs, reference, python)
+    found = []
+    for stage in STAGES:
+        difference = float(np.abs(ours[stage] - theirs[stage]).max())
+        scale = float(np.abs(theirs[stage]).max())
+        found.append(Finding(f"{stage}: largest difference", f"{difference:.2e}", f"{BOUND * scale:.2e}", difference <= BOUND * scale))
+    return found
+
+
+def _answers(source: Source, example: Example) -> dict[str, np.ndarray]:
+    """What our thinker makes of one row, by stage: `[tokens, width]`. Its parameters are gone when this returns."""
     config = source.config
     thinker = nnx.eval_shape(lambda: Thinker(config, rngs=nnx.Rngs(0)))
-    checkpoint.put_params(thinker, read_params(source.merged(), dtype=np.dtype(np.float32)))
+    checkpoint.put_params(thinker, read_params(source, dtype=np.dtype(np.float32)))
     batch = {name: jnp.asarray(value) for name, value in collate([example], example.size(), config).items()}
     hidden = thinker(batch)
     vision = thinker.vision(batch["patches"], batch["patch_mask"], batch["patch_coords"])
     places = batch["media_index"][0, batch["tokens"][0] == config.tokens.video] - batch["audio_pairs"].shape[1]
-    ours = {
+    found = {
         "audio": thinker.audio(batch["audio_chunks"], batch["audio_frames"], batch["audio_pairs"])[0],
         "vision": vision[0, places],
         "penultimate": hidden.penultimate[0],
         "last": hidden.last[0],
         "logits": thinker.logits(hidden.last)[0],
     }
-    theirs = _ask_transformers(inputs, reference, python)
-    found = []
-    for stage in STAGES:
-        difference = float(np.abs(np.asarray(ours[stage]) - theirs[stage]).max())
-        scale = float(np.abs(theirs[stage]).max())
-        found.append(Finding(f"{stage}: largest difference", f"{difference:.2e}", f"{BOUND * scale:.2e}", difference <= BOUND * scale))
-    return found
+    return {stage: np.asarray(value) for stage, value in found.items()}
 
 
 def _random_inputs(config: ThinkerConfig) -> tuple[Example, dict[str, np.ndarray]]:

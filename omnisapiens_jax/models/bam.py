@@ -27,7 +27,8 @@ class ResidualAdapter(nnx.Module):
         self.alpha = _BUILD.param(nnx.initializers.constant(alpha), rngs, (1,), ("norm",))
 
     def __call__(self, descriptors: jax.Array, present: jax.Array) -> jax.Array:
-        """Deltas `[B, D]` of descriptors `[B, F]`, zero where `present [B]` is false."""
-        x = descriptors.astype(jnp.float32) if self.norm is None else self.norm(descriptors.astype(jnp.float32))
+        """Deltas `[B, D]` of descriptors `[B, F]`, zero where `present [B]` is false, whatever the descriptor is there."""
+        x = jnp.where(present[:, None], descriptors.astype(jnp.float32), 0.0)  # a NaN would otherwise spread through the gradients
+        x = x if self.norm is None else self.norm(x)
         delta = self.alpha[...] * self.fc2(jax.nn.relu(self.fc1(x)))
         return jnp.where(present[:, None], delta, 0.0)

@@ -14,11 +14,21 @@ from omnisapiens_jax.processing.tokenizers import Tokenizer
 
 @dataclasses.dataclass(frozen=True)
 class Processor:
-    """The vocabulary, the model's shapes and the way of reading media that belong together."""
+    """The vocabulary, the model's shapes and the way of reading media that belong together.
+
+    Raises ValueError when the vocabulary is not the model's.
+    """
 
     tokenizer: Tokenizer
     config: ThinkerConfig
     options: ProcessingConfig = ProcessingConfig()
+
+    def __post_init__(self) -> None:
+        if self.tokenizer.ids != self.config.tokens:
+            raise ValueError(
+                f"the vocabulary's special tokens are {self.tokenizer.ids}, the model's {self.config.tokens}: put the tokenizer of the "
+                "model that this one was made from beside the weights"
+            )
 
     def __call__(
         self, problem: str, *, audios: Sequence[Source] = (), videos: Sequence[Source] = (), images: Sequence[Source] = ()

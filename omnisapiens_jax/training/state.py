@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
@@ -16,7 +17,7 @@ from jax.sharding import Mesh
 from omnisapiens_jax.convert.checkpoint import put_params
 from omnisapiens_jax.convert.kinds import open_source
 from omnisapiens_jax.convert.loading import read_params_onto
-from omnisapiens_jax.convert.source import Params
+from omnisapiens_jax.convert.source import Params, Source
 from omnisapiens_jax.models.config import ThinkerConfig
 from omnisapiens_jax.models.layers import LoraConfig, LoraParam
 from omnisapiens_jax.models.thinker import Thinker
@@ -36,9 +37,15 @@ class TrainState(NamedTuple):
     opt_state: optax.OptState
 
 
+@functools.cache
+def open_weights(weights: str) -> Source:
+    """The checkpoint `config.model.weights`, of any kind. Opened once a process: what a name on the hub stands for may change."""
+    return open_source(weights)
+
+
 def thinker_config(model: ml_collections.ConfigDict) -> ThinkerConfig:
     """The shapes of the checkpoint `model.weights`, or those of `model.preset`."""
-    return open_source(model.weights).config if model.weights else ThinkerConfig.preset(model.preset)
+    return open_weights(model.weights).config if model.weights else ThinkerConfig.preset(model.preset)
 
 
 def lora_config(model: ml_collections.ConfigDict) -> LoraConfig | None:
@@ -88,7 +95,7 @@ def create_state(model: ml_collections.ConfigDict, seed: int, mesh: Mesh) -> tup
     There is no optimizer yet: a stage brings its own (`fresh_optimizer`).
     """
     abstract = nnx.eval_shape(lambda: make_thinker(model, seed))
-    source = open_source(model.weights) if model.weights else None
+    source = open_weights(model.weights) if model.weights else None
     if source is not None:
         source.check()
         kept = source.lora and source.lora.config

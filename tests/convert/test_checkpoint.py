@@ -13,7 +13,6 @@ import ml_dtypes
 import numpy as np
 import pytest
 from flax import nnx
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from safetensors.numpy import load_file, save_file
 
 from omnisapiens_jax.convert import checkpoint, huggingface
@@ -54,27 +53,10 @@ def test_saved_parameters_come_back_bit_for_bit(tmp_path: Path, source: Path) ->
     params = read(source)
     checkpoint.save_params(tmp_path / "saved", params, CONFIG)
     assert checkpoint.load_config(tmp_path / "saved") == CONFIG
-    same_bits(checkpoint.load_params(tmp_path / "saved"), params)
+    same_bits(read_params(checkpoint.open_checkpoint(tmp_path / "saved")), params)
     manifest = json.loads((tmp_path / "saved" / "manifest.json").read_text())
     assert manifest["dtypes"] == ["bfloat16"] and len(manifest["tensors"]) == len(cases.their_tensors(CONFIG))
     assert manifest["parameters"] == sum(value.size for value in cases.their_tensors(CONFIG).values())
-
-
-def test_parameters_are_read_to_where_they_will_live(tmp_path: Path, source: Path) -> None:
-    """Saved from a whole array, read as float32 on eight devices, each holding its part."""
-    params = read(source)
-    checkpoint.save_params(tmp_path / "saved", params, CONFIG)
-    mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(AxisType.Auto,))
-
-    def place(leaf: np.ndarray) -> jax.ShapeDtypeStruct:
-        divided = PartitionSpec(*("fsdp" if size % 8 == 0 and axis == leaf.ndim - 1 else None for axis, size in enumerate(leaf.shape)))
-        return jax.ShapeDtypeStruct(leaf.shape, jnp.float32, sharding=NamedSharding(mesh, divided))
-
-    target = jax.tree.map(place, params)
-    loaded = checkpoint.load_params(tmp_path / "saved", target=target)
-    assert jax.tree.map(lambda leaf: leaf.sharding, loaded) == jax.tree.map(lambda leaf: leaf.sharding, target)
-    same_bits(loaded, jax.tree.map(lambda leaf: leaf.astype(np.float32), params))
-    assert loaded["decoder"]["embed_tokens"].addressable_shards[0].data.shape == (72, 7)
 
 
 def test_a_checkpoint_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: Path) -> None:
@@ -93,13 +75,13 @@ def test_a_checkpoint_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_what_is_no_checkpoint_of_ours_is_said(tmp_path: Path, source: Path) -> None:
-    with pytest.raises(ConversionError, match=rf"no checkpoint of ours .* python tools/convert_weights\.py import {source}"):
-        checkpoint.load_params(source)
+    with pytest.raises(ConversionError, match=rf"no checkpoint of ours .* tools/convert_weights\.py import {source} DIR"):
+        checkpoint.open_checkpoint(source)
     checkpoint.save_params(tmp_path / "saved", read(source), CONFIG)
     manifest = tmp_path / "saved" / "manifest.json"
     manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"version": 99}))
-    with pytest.raises(ConversionError, match="version 99, expected 'omnisapiens-jax thinker' 2"):
-        checkpoint.load_params(tmp_path / "saved")
+    with pytest.raises(ConversionError, match="'omnisapiens-jax thinker' version 99, not 'omnisapiens-jax thinker' 2"):
+        checkpoint.open_checkpoint(tmp_path / "saved")
 
 
 def test_put_and_take_leave_lora_alone() -> None:
