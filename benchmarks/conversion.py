@@ -1,8 +1,8 @@
 """A full-size conversion beside `cp` and `sha256sum`: `python benchmarks/conversion.py SCRATCH [--preset 7b]`.
 
-Makes a thinker directory of random bfloat16 tensors in SCRATCH (about 18 GB for 7b), copies it with `cp` and reads it with `sha256sum`,
-imports it, and exports it again, each step flushed to disk in the same run; prints seconds, speed and peak memory, and compares the bytes
-of all files. Needs four times the size on disk; SCRATCH is emptied at the end.
+Makes a thinker directory of random bfloat16 tensors in SCRATCH (18 GB for 7b), copies it with `cp` and reads it with `sha256sum`, imports
+it, and exports it again, each step from a cold cache and flushed to disk; prints seconds, speed and peak memory, and compares the bytes of
+all files. Needs three times the size on disk; SCRATCH is removed at the end.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import hashlib
 import json
 import math
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -59,9 +58,18 @@ def make(folder: Path, config: ThinkerConfig, shards: int) -> int:
     return total
 
 
+def forget(folder: Path) -> None:
+    """Drops the files of a directory from the page cache."""
+    os.sync()
+    for path in folder.rglob("*"):
+        if path.is_file():
+            handle = os.open(path, os.O_RDONLY)
+            os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(handle)
+
+
 def timed(*commands: list[str]) -> tuple[float, float]:
     """Seconds of commands and of the flush after them, and the largest resident memory of any of them in GiB."""
-    os.sync()
     begin = time.monotonic()
     peak = 0.0
     for command in commands:
@@ -86,9 +94,9 @@ def digest(folder: Path) -> dict[str, str]:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("scratch", type=Path, help="a directory to make, with room for four times the checkpoint")
+    parser.add_argument("scratch", type=Path, help="a directory to make, with room for three times the checkpoint")
     parser.add_argument("--preset", choices=PRESETS, default="7b")
-    parser.add_argument("--shards", type=int, default=4)
+    parser.add_argument("--shards", type=int, default=5)
     options = parser.parse_args()
     options.scratch.mkdir(parents=True)
     source, copy, ours, back = (options.scratch / name for name in ("source", "copy", "ours", "back"))
@@ -104,6 +112,7 @@ def main() -> None:
         }
         plain = 0.0
         for name, commands in steps.items():
+            forget(options.scratch)
             seconds, peak = timed(*commands)
             plain = plain or seconds
             figures = f"{seconds:7.1f} s {size / 1e6 / seconds:6.0f} MB/s = {plain / seconds:.2f} x cp+sha256sum, peak {peak:.2f} GiB"
@@ -113,8 +122,6 @@ def main() -> None:
         print(f"files exported are{'' if same else ' NOT'} bit-identical to those imported")
     finally:
         shutil.rmtree(options.scratch)
-    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << 20)
-    print(f"(this script itself: {own:.2f} GiB)")
     sys.exit(not same)
 
 

@@ -15,12 +15,13 @@ from omnisapiens_jax.convert import huggingface
 from omnisapiens_jax.convert.huggingface import INDEX, SINGLE
 from omnisapiens_jax.convert.source import FLOATS, Params, Source, read_params
 from omnisapiens_jax.convert.tensors import ConversionError
-from omnisapiens_jax.models.config import ThinkerConfig
 from omnisapiens_jax.convert.unfinished import whole_or_nothing
+from omnisapiens_jax.models.config import ThinkerConfig
 from tests.models import cases
 from tests.oracle import run_oracle
 
 Tensors = dict[str, np.ndarray]
+AS_TRANSFORMERS = {"format": "pt"}  # what it writes into the header of every file
 
 
 def tensors(config: str, dtype: type | np.dtype = np.float32) -> Tensors:
@@ -32,11 +33,11 @@ def store(folder: Path, stored: Tensors, config: dict, *, shards: int = 1) -> Pa
     (folder / "config.json").write_text(json.dumps(config))
     names = sorted(stored)
     if shards == 1:
-        save_file(stored, folder / SINGLE)
+        save_file(stored, folder / SINGLE, AS_TRANSFORMERS)
         return folder
     where = {name: f"model-{1 + i % shards:05d}-of-{shards:05d}.safetensors" for i, name in enumerate(names)}  # layers torn apart
     for file in set(where.values()):
-        save_file({name: stored[name] for name in names if where[name] == file}, folder / file)
+        save_file({name: stored[name] for name in names if where[name] == file}, folder / file, AS_TRANSFORMERS)
     (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": where}))
     return folder
 
@@ -73,7 +74,9 @@ def assert_same_bits(found: Tensors, wanted: Tensors) -> None:
 @pytest.mark.parametrize("config", cases.CONFIGS)
 def test_there_and_back_is_bit_identical(tmp_path: Path, config: str, dtype: type) -> None:
     stored = tensors(config, dtype)
-    stored["model.norm.weight"][:2] = np.array([np.finfo(np.float16).smallest_subnormal, -0.0], dtype)  # values that arithmetic may not keep
+    stored["model.norm.weight"][:2] = np.array(
+        [np.finfo(np.float16).smallest_subnormal, -0.0], dtype
+    )  # values that arithmetic may not keep
     source = store(tmp_path / "hf", stored, cases.CONFIGS[config].to_hf())
     assert huggingface.open_huggingface(source).config == cases.CONFIGS[config]
     huggingface.save_thinker(read(source), cases.CONFIGS[config], tmp_path / "back")

@@ -184,11 +184,8 @@ NOISE = ["", " ", "-", "0", ".", "e9", '"', "\\", "{", "]", ",", "NaN", "\ufeff"
 
 def bent_header(random: Random) -> tuple[str, bytes]:
     """A header that fits its data, bent in up to two places, and sometimes no JSON any more."""
-
-    def odds(most: int) -> list[Any]:
-        return random.choices(ODD, k=random.randint(0, most))
-
-    entries, end = [], 0
+    entries: list[tuple[str, Any]] = []
+    end = 0
     for name in ["a", "b", "c", "d.weight"][: random.randint(0, 4)]:
         dtype, shape = random.choice(LOADABLE), [random.randint(0, 4) for _ in range(random.randint(0, 3))]
         size = math.prod(shape) * DTYPES[dtype].itemsize
@@ -196,26 +193,31 @@ def bent_header(random: Random) -> tuple[str, bytes]:
         end += size
     for _ in range(random.choice([0, 1, 1, 2])) if entries else ():
         place = random.randrange(len(entries))
-        name, described = entries[place]
-        bent = {
-            "name": lambda name=name, described=described: (random.choice(NAMES), described),
-            "dtype": lambda name=name, described=described: (name, described | {"dtype": random.choice([*LOADABLE, "f32", "F128", *ODD])}),
-            "shape": lambda name=name, described=described: (name, described | {"shape": random.choice([odds(3), random.choice(ODD)])}),
-            "axis": lambda name=name, described=described: (name, described | {"shape": [random.choice(SIZES), random.randint(0, 4)]}),
-            "offsets": lambda name=name, described=described: (
-                name,
-                described | {"data_offsets": random.choice([odds(3), random.choice(ODD)])},
-            ),
-            "entry": lambda name=name: (name, random.choice(ODD)),
-            "more": lambda name=name, described=described: (name, described | {random.choice(NAMES): random.choice(ODD)}),
-        }
-        entries[place] = bent[random.choice(list(bent))]()
+        entries[place] = bent(random, *entries[place])
     metadata = {random.choice(NAMES): random.choice(["pt", *ODD]) for _ in range(random.randint(0, 2))}
     text = json.dumps(dict(entries) | ({"__metadata__": metadata} if random.random() < 0.3 else {}), ensure_ascii=random.random() < 0.5)
     for _ in range(random.choice([0, 0, 0, 1, 2])):
         place = random.randint(0, len(text))
         text = text[:place] + random.choice(NOISE) + text[place + random.randint(0, 3) :]
     return text, bytes(range(256))[: max(0, end + random.choice([0, 0, 0, 0, -1, 1]))]
+
+
+def bent(random: Random, name: str, described: Any) -> tuple[str, Any]:
+    numbers = random.choices(ODD, k=random.randint(0, 3))
+    field = random.choice(["", "name", "dtype", "shape", "axes", "data_offsets", "more"])
+    match field if isinstance(described, dict) else "":
+        case "":
+            return name, random.choice(ODD)
+        case "name":
+            return random.choice(NAMES), described
+        case "dtype":
+            return name, described | {"dtype": random.choice([*LOADABLE, "f32", "F128", *ODD])}
+        case "axes":
+            return name, described | {"shape": [random.choice(SIZES), random.randint(0, 4)]}
+        case "more":
+            return name, described | {random.choice(NAMES): random.choice(ODD)}
+        case _:
+            return name, described | {field: random.choice([numbers, random.choice(ODD)])}
 
 
 @settings(max_examples=2_500)
