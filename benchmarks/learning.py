@@ -30,7 +30,7 @@ _WANTED = {"rl": ("before", "after", *(f"after-without-{m}" for m in MODALITIES)
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """One seed: which held-out samples are answered rightly `[N]`, by evaluation, and the minutes its RL run took."""
+    """One seed: which held-out samples are answered rightly `[N]`, by evaluation, and the minutes in steps of warm start and RL."""
 
     right: dict[str, np.ndarray]
     minutes: float
@@ -89,7 +89,7 @@ def table(outcomes: dict[int, Outcome]) -> str:
         ("**gain by RL**", change("before", "after")),
         ("SFT on all answers (ceiling)", shares("sft")),
         *((f"after RL, without {m}: change", change("after", f"after-without-{m}")) for m in MODALITIES),
-        ("minutes, warm start and RL", [f"{value:.1f}" for value in (*minutes, np.mean(minutes))]),
+        ("minutes in training steps", [f"{value:.1f}" for value in (*minutes, np.mean(minutes))]),
     ]
     head = ["held-out accuracy, %", *(f"seed {seed}" for seed in outcomes), "all"]
     lines = [head, ["---"] * len(head), *([name, *cells] for name, cells in rows)]

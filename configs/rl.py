@@ -10,15 +10,18 @@ def get_config(size: str = "mini") -> ConfigDict:
     config = defaults.base(size)
     config.job = "rl"
     config.warm_start = ConfigDict({"rows": "third" if mini else "none", **defaults.sft(size)})  # whose answers may be seen; none = skip
+    if mini:
+        config.warm_start.steps = 300  # a third of the rows is learnt by then
     config.rl = ConfigDict(
         {
             "rows": "rest" if mini else "all",  # prompts: those whose answers the warm start did not see
             "prompts": 32,  # a step
             "rollouts": 8 if mini else 5,  # n, of each prompt
             "updates": 1 if mini else 4,  # optimizer steps a rollout is cut into
-            "micro_batches": 1 if mini else 2,  # 32 prompts / 4 updates / 2 = 4 prompts at once: one for each part of fsdp=4
+            # 4 prompts at once: at 7b one for each part of fsdp=4 (32 / 4 updates / 2). The fewer, the more without signal are skipped.
+            "micro_batches": 8 if mini else 2,
             "temperature": 1.0,
-            "steps": 250 if mini else 10_000,
+            "steps": 160 if mini else 10_000,
             "save_every": 25,
             "record_every": 50,  # rollouts kept for replay and for the report; 0 = none
             "optim": defaults.optimizer(lr=4e-4, schedule="cosine", warmup=10, weight_decay=0.0) if mini else defaults.optimizer(lr=1e-6),

@@ -78,7 +78,7 @@ def sft(size: str) -> ConfigDict:
         {
             "batch_size": 32 if mini else 64,
             "micro_batches": 1 if mini else 16,
-            "steps": 400 if mini else 3000,
+            "steps": 500 if mini else 3000,
             "eval_every": 50,
             "patience": 4,  # evaluations without a new minimum
             "optim": optimizer(schedule="cosine", **({"lr": 1e-3, "warmup": 50} if mini else {"lr": 1e-4, "warmup": 10, "b2": 0.95})),

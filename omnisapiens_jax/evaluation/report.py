@@ -38,7 +38,7 @@ _CHARTS = (
     ("accuracy", "Accuracy of rollouts", "share of sampled responses that are right", (0.0, 1.0)),
     ("format", "Format", "share that think first and then box an answer", (0.0, 1.0)),
     ("response_length", "Response length", "tokens, the end token included", None),
-    ("entropy", "Entropy", "of the policy, nats a token", None),
+    ("entropy", "Entropy", "of the policy, nats a token, from what it sampled", None),
     ("groups_without_signal", "Groups without signal", "share of prompts whose responses all earned the same", (0.0, 1.0)),
 )
 _MAGIC = (

@@ -101,10 +101,8 @@ def last_token(states: jax.Array, lengths: jax.Array) -> jax.Array:
     return jnp.take_along_axis(states, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]
 
 
-def token_log_probs(
-    thinker: Thinker, hidden: jax.Array, targets: jax.Array, *, temperature: float = 1.0, chunk: int = 1024
-) -> tuple[jax.Array, jax.Array]:
-    """Log-probability of each target and entropy of each distribution, without `[B, T, V]` logits.
+def token_log_probs(thinker: Thinker, hidden: jax.Array, targets: jax.Array, *, temperature: float = 1.0, chunk: int = 1024) -> jax.Array:
+    """Log-probability of each target, without `[B, T, V]` logits.
 
     `log_softmax(logits / temperature)` in float32, before any truncation of the distribution; logits are made for `chunk` tokens at a time,
     and made again in the backward pass.
@@ -116,21 +114,20 @@ def token_log_probs(
       temperature: of the sampler.
       chunk: tokens whose logits exist at once.
 
-    Returns: log-probabilities `[...]` and entropies `[...]` in float32.
+    Returns: log-probabilities `[...]` in float32.
     """
 
-    def some(hidden: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def some(hidden: jax.Array, targets: jax.Array) -> jax.Array:
         # A chunk's tokens are divided like rows, or every device would make the logits of all of them.
         log_probs = jax.nn.log_softmax(shard(thinker.logits(hidden) / temperature, "batch", "act_vocab"), axis=-1)
-        picked = jnp.take_along_axis(log_probs, targets[:, None], axis=-1)[:, 0]
-        return picked, -jnp.sum(jnp.exp(log_probs) * log_probs, axis=-1)
+        return jnp.take_along_axis(log_probs, targets[:, None], axis=-1)[:, 0]
 
     flat, wanted = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
     total = flat.shape[0]
     if total <= chunk:
-        picked, entropy = some(flat, wanted)
+        picked = some(flat, wanted)
     else:
         pad = -total % chunk
         chunks = jnp.pad(flat, ((0, pad), (0, 0))).reshape(-1, chunk, flat.shape[-1]), jnp.pad(wanted, (0, pad)).reshape(-1, chunk)
-        picked, entropy = (leaf.reshape(-1)[:total] for leaf in jax.lax.map(lambda c: jax.checkpoint(some)(*c), chunks))
-    return picked.reshape(targets.shape), entropy.reshape(targets.shape)
+        picked = jax.lax.map(lambda c: jax.checkpoint(some)(*c), chunks).reshape(-1)[:total]
+    return picked.reshape(targets.shape)

@@ -55,13 +55,12 @@ class PolicyStats:
     dual_clipped: jax.Array
     kl: jax.Array
     ratio_max: jax.Array
-    entropy: jax.Array | None  # None: was not given
 
     @classmethod
-    def zero(cls, with_entropy: bool = False) -> PolicyStats:
-        """What to add to; `with_entropy` if the loss is given entropies."""
+    def zero(cls) -> PolicyStats:
+        """What to add to."""
         zero = jnp.zeros((), jnp.float32)
-        return cls(tokens=zero, clipped=zero, dual_clipped=zero, kl=zero, ratio_max=zero, entropy=zero if with_entropy else None)
+        return cls(tokens=zero, clipped=zero, dual_clipped=zero, kl=zero, ratio_max=zero)
 
     def __add__(self, other: PolicyStats) -> PolicyStats:
         return PolicyStats(
@@ -70,19 +69,17 @@ class PolicyStats:
             dual_clipped=self.dual_clipped + other.dual_clipped,
             kl=self.kl + other.kl,
             ratio_max=jnp.maximum(self.ratio_max, other.ratio_max),
-            entropy=None if self.entropy is None or other.entropy is None else self.entropy + other.entropy,
         )
 
     def metrics(self) -> dict[str, jax.Array]:
-        """Means over tokens: `clip_fraction`, `dual_clip_fraction`, `approx_kl` (old against new, k3), `entropy`; and `ratio_max`."""
+        """Means over tokens: `clip_fraction`, `dual_clip_fraction`, `approx_kl` (old against new, k3); and `ratio_max`."""
         tokens = jnp.maximum(self.tokens, 1.0)
-        metrics = {
+        return {
             "clip_fraction": self.clipped / tokens,
             "dual_clip_fraction": self.dual_clipped / tokens,
             "approx_kl": self.kl / tokens,
             "ratio_max": self.ratio_max,
         }
-        return metrics if self.entropy is None else metrics | {"entropy": self.entropy / tokens}
 
 
 def loss_denominator(mask: jax.Array, aggregation: Aggregation) -> jax.Array:
@@ -106,7 +103,6 @@ def policy_loss(
     mask: jax.Array,
     denominator: jax.Array,
     config: PolicyLossConfig,
-    entropy: jax.Array | None = None,
 ) -> tuple[jax.Array, PolicyStats]:
     """The clipped surrogate of verl 0.5: ratio = exp(clamp(log_probs - old_log_probs, ±20)), clip, dual clip, aggregate.
 
@@ -117,7 +113,6 @@ def policy_loss(
         mask: [G, n, R] bool, True on response tokens up to and including the end token. Masked places may hold anything, NaN too.
         denominator: `loss_denominator` of the whole batch.
         config: clips and aggregation.
-        entropy: [G, n, R] of the learning policy's next-token distributions, if at hand: only reported, no part of the loss.
 
     Returns:
         This micro-batch's share of the loss, a float32 scalar, and its diagnostics.
@@ -143,6 +138,5 @@ def policy_loss(
         dual_clipped=count((advantage < 0) & (pessimistic > ceiling)),
         kl=jnp.sum(jnp.expm1(delta) - delta),  # masked places are 0
         ratio_max=jnp.max(ratio, where=mask, initial=0.0),
-        entropy=None if entropy is None else jnp.sum(entropy, where=mask, dtype=jnp.float32),
     )
     return jnp.sum(losses) / denominator, jax.lax.stop_gradient(stats)

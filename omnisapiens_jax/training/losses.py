@@ -30,7 +30,7 @@ def lm_loss(thinker: Thinker, batch: Batch) -> tuple[jax.Array, jax.Array]:
     hidden = jnp.pad(jnp.take_along_axis(hidden, order[..., None], axis=1), ((0, 0), (0, pad), (0, 0)))
 
     def some(hidden: jax.Array, targets: jax.Array) -> jax.Array:
-        log_probs, _ = token_log_probs(thinker, hidden, jnp.maximum(targets, 0))
+        log_probs = token_log_probs(thinker, hidden, jnp.maximum(targets, 0))
         return -jnp.sum(jnp.where(targets >= 0, log_probs, 0.0))
 
     @jax.checkpoint  # around the condition: what a branch keeps for the backward pass, the head among it, would be stacked once a chunk

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import optax
@@ -70,6 +71,7 @@ def improve(
     )
     compare = jax.jit(grpo_advantages, out_shardings=divided(mesh))
     reward_config = RewardConfig(**config.reward)
+    blocks = max(mesh.shape["data"] * mesh.shape["fsdp"] // jax.process_count(), 1)  # that this process's rows are divided into
 
     with Checkpoints(workdir / "state") as checkpoints:
         start = 0
@@ -87,9 +89,9 @@ def improve(
                 counted = np.repeat(batch["row_mask"][:, None], config.rollouts, axis=1)
                 advantages = local_rows(compare(*put_batch({"rewards": scores, "mask": counted}, mesh).values()))
 
-                rows = np.arange(len(scores))
                 for part in range(config.updates):
-                    mine = rows % config.updates == part
+                    mine = np.arange(part, len(scores), config.updates)
+                    mine = mine[live_first(advantages[mine], blocks, config.micro_batches)]
                     parts = {**{name: array[mine] for name, array in batch.items()}, **_learner(responses, advantages, counted, mine)}
                     state, metrics = update(state, put_batch(parts, mesh))
 
@@ -139,17 +141,36 @@ def grpo_gradients(
     """Policy loss, its diagnostics, and the gradient of the trainable parameters.
 
     `batch` holds the prompts and `responses [G, n, R]`, `response_mask [G, n, R]`, `old_log_probs [G, n, R]` and `advantages [G, n]`.
-    The sampler's own log-probabilities are the old ones: both share one forward and one position function.
+    The sampler's own log-probabilities are the old ones: both share one forward and one position function. A micro-batch in which no
+    response has an advantage is not run (`live_first` makes such micro-batches), and the diagnostics are of those that were.
     """
     denominator = loss_denominator(batch["response_mask"], config.aggregation)
 
     def share(trainable: nnx.State, part: dict[str, jax.Array]) -> tuple[jax.Array, PolicyStats]:
         thinker = nnx.merge(graph, trainable, state.frozen)
         hidden = thinker.grouped(part, part["responses"], part["response_mask"])
-        log_probs, entropy = token_log_probs(thinker, hidden, part["responses"], temperature=temperature)
-        return policy_loss(log_probs, part["old_log_probs"], part["advantages"], part["response_mask"], denominator, config, entropy)
+        log_probs = token_log_probs(thinker, hidden, part["responses"], temperature=temperature)
+        return policy_loss(log_probs, part["old_log_probs"], part["advantages"], part["response_mask"], denominator, config)
 
-    return micro_gradients(share, state.trainable, batch, micro_batches)
+    return micro_gradients(share, state.trainable, batch, micro_batches, wanted=lambda part: jnp.any(part["advantages"] != 0))
+
+
+def live_first(advantages: np.ndarray, blocks: int, micro_batches: int) -> np.ndarray:
+    """An order of the groups in which those that have a signal fill the first micro-batches, so that the last need not be run.
+
+    Args:
+      advantages: `[G, n]`, of this process's groups.
+      blocks: that the groups are divided into, one after the other, over this process's devices; a group stays in its block.
+      micro_batches: each takes every `micro_batches`-th group of a block (see `micro_gradients`).
+
+    Returns: `[G]` indices of groups.
+    """
+    live = (advantages != 0).any(axis=1)
+    order = np.arange(len(live))
+    for block in np.array_split(order.copy(), blocks):
+        places = block[np.lexsort((block, block % micro_batches))]
+        order[places] = block[np.argsort(~live[block], kind="stable")]
+    return order
 
 
 def summary(responses: Responses[np.ndarray], rewards: Rewards, counted: np.ndarray) -> dict[str, float]:
@@ -161,11 +182,14 @@ def summary(responses: Responses[np.ndarray], rewards: Rewards, counted: np.ndar
         "similarity": rewards.similarity,
         "overlong": rewards.overlong,
         "response_length": responses.mask.sum(axis=-1),
+        "surprise": -responses.log_probs.sum(axis=-1),
     }
     earned, counted = all_rows(({name: values.reshape(counted.shape) for name, values in own.items()}, counted))
     spread = earned["reward"].std(axis=1)[counted[:, 0]]
     means = {name: float(values[counted].mean()) for name, values in earned.items()}
-    return means | {"groups_without_signal": float((spread < 1e-6).mean())}
+    # Of the policy, estimated from what it sampled itself: minus the mean log-probability of a token.
+    entropy = means.pop("surprise") / max(means["response_length"], 1.0)
+    return means | {"entropy": entropy, "groups_without_signal": float((spread < 1e-6).mean())}
 
 
 def recorded(
@@ -205,7 +229,7 @@ def _of_process() -> str:
 def learner_batch(rollout: Rollout) -> dict[str, np.ndarray]:
     """A recorded rollout as `grpo_gradients` takes it."""
     responses = Responses(rollout.tokens, rollout.log_probs, rollout.mask)
-    return {**rollout.batch, **_learner(responses, rollout.advantages, rollout.row_mask, np.ones(len(rollout.tokens), bool))}
+    return {**rollout.batch, **_learner(responses, rollout.advantages, rollout.row_mask, np.arange(len(rollout.tokens)))}
 
 
 def _learner(responses: Responses[np.ndarray], advantages: np.ndarray, counted: np.ndarray, rows: np.ndarray) -> dict[str, np.ndarray]:

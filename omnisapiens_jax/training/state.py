@@ -133,11 +133,16 @@ def parameters(state: TrainState) -> nnx.State:
 
 
 def micro_gradients(
-    loss: Callable[[nnx.State, Any], tuple[jax.Array, Stats]], trainable: nnx.State, batch: Any, micro_batches: int
+    loss: Callable[[nnx.State, Any], tuple[jax.Array, Stats]],
+    trainable: nnx.State,
+    batch: Any,
+    micro_batches: int,
+    wanted: Callable[[Any], jax.Array] | None = None,
 ) -> tuple[jax.Array, Stats, nnx.State]:
     """Loss, statistics and gradient of a batch, `micro_batches` rows-interleaved parts at a time.
 
-    `loss` gives a part's *share* of the loss (denominators of the whole batch), so the parts add up whatever their number.
+    `loss` gives a part's *share* of the loss (denominators of the whole batch), so the parts add up whatever their number. A part that is
+    not `wanted`, because its share and its gradient are zero, is not run; all are where `wanted` is None or there is but one.
     """
     gradient = jax.value_and_grad(loss, has_aux=True)
     if micro_batches == 1:
@@ -146,14 +151,17 @@ def micro_gradients(
     # Rows m, m + M, ... make part m: the batch axis stays divided over the devices as it was.
     parts = jax.tree.map(lambda x: jnp.swapaxes(x.reshape(-1, micro_batches, *x.shape[1:]), 0, 1), batch)
 
-    def add(total: tuple[Any, Any, Any], part: Any) -> tuple[tuple[Any, Any, Any], None]:
+    def add(total: tuple[Any, Any, Any], part: Any) -> tuple[Any, Any, Any]:
         (value, stats), grads = gradient(trainable, part)
-        return (total[0] + value, total[1] + stats, jax.tree.map(jnp.add, total[2], grads)), None
+        return total[0] + value, total[1] + stats, jax.tree.map(jnp.add, total[2], grads)
+
+    def step(total: tuple[Any, Any, Any], part: Any) -> tuple[tuple[Any, Any, Any], None]:
+        return add(total, part) if wanted is None else jax.lax.cond(wanted(part), add, lambda total, _: total, total, part), None
 
     first = jax.tree.map(lambda x: x[0], parts)
     (value, stats), grads = jax.eval_shape(gradient, trainable, first)
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (value, stats, grads))
-    return jax.lax.scan(add, zeros, parts)[0]
+    return jax.lax.scan(step, zeros, parts)[0]
 
 
 def apply_gradients(

@@ -44,7 +44,7 @@ def test_finished_runs_are_read_and_tabled(runs: Path, monkeypatch: pytest.Monke
     assert "| warm start | 25.0 | 30.0 | 27.5 |" in lines
     assert "| after RL | 50.0 | 75.0 | 62.5 |" in lines
     assert "| SFT on all answers (ceiling) | 90.0 | 90.0 | 90.0 |" in lines
-    assert "| minutes, warm start and RL | 2.0 | 2.0 | 2.0 |" in lines
+    assert "| minutes in training steps | 2.0 | 2.0 | 2.0 |" in lines
     gain, video = (next(line for line in lines if name in line) for name in ("gain by RL", "without video"))
     assert [cell.split("[")[0].strip() for cell in gain.split("|")[2:5]] == ["+25.0", "+45.0", "+35.0"]
     assert [cell.split("[")[0].strip() for cell in video.split("|")[2:5]] == ["-7.5", "-7.5", "-7.5"]

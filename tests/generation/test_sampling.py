@@ -48,7 +48,7 @@ def learner(model: Thinker, batch: dict[str, jax.Array], responses: Responses[np
     def forward(params: nnx.State) -> jax.Array:
         thinker: Thinker = nnx.merge(nnx.graphdef(model), params)
         hidden = thinker.grouped(batch, jnp.asarray(responses.tokens), jnp.asarray(responses.mask))
-        return token_log_probs(thinker, hidden, jnp.asarray(responses.tokens), temperature=temperature)[0]
+        return token_log_probs(thinker, hidden, jnp.asarray(responses.tokens), temperature=temperature)
 
     return np.asarray(jax.jit(forward)(nnx.state(model)))
 

@@ -48,13 +48,16 @@ def sft_gradients(mesh: world.Mesh3, micro_batches: int = 1) -> tuple[float, Gra
 
 
 @functools.cache
-def grpo_gradients(mesh: world.Mesh3, path: Path, micro_batches: int = 1) -> tuple[float, Gradients]:
+def grpo_gradients(
+    mesh: world.Mesh3, path: Path, micro_batches: int = 1, order: tuple[int, ...] = ()
+) -> tuple[tuple[float, Gradients], float]:
     at = here(mesh)
+    rows = {name: array[list(order)] if order else array for name, array in rl.learner_batch(load_rollout(path)).items()}
     with on_mesh(at.mesh):
         step = jax.jit(functools.partial(rl.grpo_gradients, at.graph, PolicyLossConfig(), 1.0, micro_batches))
-        loss, stats, grads = step(at.state, put_batch(rl.learner_batch(load_rollout(path)), at.mesh))
+        loss, stats, grads = step(at.state, put_batch(rows, at.mesh))
     assert float(stats.clipped) > 0
-    return float(loss), flat(grads)
+    return (float(loss), flat(grads)), float(stats.tokens)
 
 
 @pytest.fixture(scope="module")
@@ -91,11 +94,25 @@ def test_an_sft_step_is_the_same_in_micro_batches() -> None:
 
 
 def test_a_grpo_step_is_the_same_on_eight_devices(replay: Path) -> None:
-    check(grpo_gradients(EIGHT, replay), grpo_gradients(ONE, replay))
+    check(grpo_gradients(EIGHT, replay)[0], grpo_gradients(ONE, replay)[0])
 
 
 def test_a_grpo_step_is_the_same_in_micro_batches(replay: Path) -> None:
-    check(grpo_gradients(ONE, replay, 2), grpo_gradients(ONE, replay))
+    check(grpo_gradients(ONE, replay, 2)[0], grpo_gradients(ONE, replay)[0])
+
+
+@pytest.mark.parametrize("mesh", [ONE, EIGHT])
+def test_groups_without_signal_are_not_run_and_change_nothing(mesh: world.Mesh3, replay: Path, tmp_path: Path) -> None:
+    rollout = load_rollout(replay)
+    advantages = rollout.advantages.copy()
+    advantages[[0, 3, 4, 5, 6]] = 0.0
+    path = tmp_path / "quiet.npz"
+    save_rollout(path, dataclasses.replace(rollout, advantages=advantages))
+    order = tuple(rl.live_first(advantages, mesh[0] * mesh[1], 2).tolist())
+    assert sorted(order) == list(range(8))
+    (whole, all_tokens), (parted, tokens) = grpo_gradients(ONE, path), grpo_gradients(mesh, path, 2, order)
+    check(parted, whole)
+    assert tokens == rollout.mask[list(order)][::2].sum() < all_tokens  # every second group: the first micro-batch alone
 
 
 def test_no_device_makes_the_logits_of_a_whole_chunk() -> None:
@@ -105,7 +122,7 @@ def test_no_device_makes_the_logits_of_a_whole_chunk() -> None:
     params = jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), params, shardings(params, mesh))
 
     def loss(params: nnx.State, hidden: jax.Array, targets: jax.Array) -> jax.Array:
-        return token_log_probs(nnx.merge(graph, params), hidden, targets, chunk=chunk)[0].sum()
+        return token_log_probs(nnx.merge(graph, params), hidden, targets, chunk=chunk).sum()
 
     shape = (8, 4, 128)
     hidden = jax.ShapeDtypeStruct((*shape, config.text.hidden_size), jnp.float32, sharding=divided(mesh))

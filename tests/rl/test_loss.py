@@ -133,17 +133,14 @@ def test_diagnostics_count_what_happened() -> None:
     ratios = np.array([[[1.0, 1.5, 1.1, 7.0]], [[0.5, 5.0, 0.9, 1.0]]], np.float32)
     advantages = np.array([[1.0], [-1.0]], np.float32)
     mask = np.array([[[1, 1, 1, 0]], [[1, 1, 1, 1]]], bool)
-    entropy = jnp.array([[[1.0, 2.0, 3.0, np.nan]], [[1.0, 1.0, 1.0, 5.0]]])
     new, weights, live = jnp.log(ratios), jnp.asarray(advantages), jnp.asarray(mask)
-    _, stats = policy_loss(new, 0 * new, weights, live, jnp.float32(7), PolicyLossConfig(), entropy)
-    metrics = (PolicyStats.zero(with_entropy=True) + stats).metrics()
+    _, stats = policy_loss(new, 0 * new, weights, live, jnp.float32(7), PolicyLossConfig())
+    metrics = (PolicyStats.zero() + stats).metrics()
     kept = ratios[mask].astype(np.float64)
     assert metrics["clip_fraction"] == pytest.approx(2 / 7)  # 1.5 up, 0.5 down
     assert metrics["dual_clip_fraction"] == pytest.approx(1 / 7)  # 5.0
     assert metrics["approx_kl"] == pytest.approx(np.mean(kept - 1 - np.log(kept)), rel=1e-5)
     assert metrics["ratio_max"] == pytest.approx(5.0, rel=1e-6)
-    assert metrics["entropy"] == pytest.approx(2.0)
-    assert "entropy" not in PolicyStats.zero().metrics()
 
 
 def test_nothing_flows_into_the_sampler_or_the_advantages() -> None:
