@@ -55,7 +55,9 @@ class LoraConfig:
             if unknown := set(names) - set(LORA_TARGETS[tower]):
                 raise ValueError(f"the {tower} has no projection {sorted(unknown)}; known: {', '.join(LORA_TARGETS[tower])}")
         # In one order, without empty scopes: two configs that mean the same are equal.
-        scopes = {tower: tuple(n for n in LORA_TARGETS[tower] if n in self.targets[tower]) for tower in LORA_TARGETS if self.targets.get(tower)}
+        scopes = {
+            tower: tuple(n for n in LORA_TARGETS[tower] if n in self.targets[tower]) for tower in LORA_TARGETS if self.targets.get(tower)
+        }
         object.__setattr__(self, "targets", scopes)
 
     @property
