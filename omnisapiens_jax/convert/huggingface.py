@@ -153,7 +153,7 @@ def write_omni(source: Source, base: Path, folder: Path, journal: Journal, *, pr
     """Writes a full Omni directory: the files of `base` with the thinker's tensors replaced, in the source's dtypes.
 
     Raises:
-      ConversionError: `base` is no full Omni directory, or its thinker has other names than the source's.
+      ConversionError: `base` is no full Omni directory, or its thinker has other names or another config than the source's.
     """
     stored = stored_tensors(base)
     theirs = {name.removeprefix(PREFIX) for name in stored if name.startswith(PREFIX)}
@@ -161,6 +161,8 @@ def write_omni(source: Source, base: Path, folder: Path, journal: Journal, *, pr
         raise ConversionError(f"{base} is no full Omni model: no tensor's name begins with {PREFIX}")
     if wrong := sorted(theirs ^ source.tensors.keys()):
         raise ConversionError(f"the thinkers of {base} and {source.path} differ in {some(wrong)}")
+    if read_config(base, tie_head="lm_head.weight" not in theirs) != source.config:
+        raise ConversionError(f"{base / 'config.json'} does not describe the thinker of {source.path}: it is of another model")
     chosen = {
         name: (tensor.file.name, source.tensors[name.removeprefix(PREFIX)] if name.startswith(PREFIX) else tensor)
         for name, tensor in stored.items()

@@ -46,9 +46,9 @@ def read(folder: Path, dtype: np.dtype | None = None) -> Params:
     return read_params(huggingface.open_huggingface(folder), dtype=dtype)
 
 
-def write(source: Source, target: Path, **options: int) -> None:
+def write(source: Source, target: Path, shard_bytes: int = huggingface.SHARD_BYTES) -> None:
     with whole_or_nothing(target, {}) as (folder, journal):
-        huggingface.write_thinker(source, folder, journal, **options)
+        huggingface.write_thinker(source, folder, journal, shard_bytes=shard_bytes)
 
 
 def full_omni(config: ThinkerConfig) -> dict:
