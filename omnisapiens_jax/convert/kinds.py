@@ -14,9 +14,10 @@ from omnisapiens_jax.convert.hub import resolve
 from omnisapiens_jax.convert.names import mappings
 from omnisapiens_jax.convert.parts import ADAPTERS, HEADS, MODALITIES, OURS, is_part, modern
 from omnisapiens_jax.convert.runs import is_stage, open_stage, stages
+from omnisapiens_jax.convert.shards import join_shards
 from omnisapiens_jax.convert.source import Lora, Skipped, Source
 from omnisapiens_jax.convert.tensors import ConversionError, StoredTensor, Tensor, read_safetensors, some
-from omnisapiens_jax.convert.torch_files import ShardedTensor, join_shards, read_torch_file
+from omnisapiens_jax.convert.torch_files import ShardedTensor, read_torch_file
 from omnisapiens_jax.models.layers import LORA_TARGETS, LoraConfig
 
 ADAPTER_CONFIG, ADAPTER, ADAPTER_PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"

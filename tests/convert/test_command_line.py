@@ -70,7 +70,8 @@ Run = Callable[..., Told]
 def run(capsys: pytest.CaptureFixture[str]) -> Run:
     def ran(*arguments: str | Path) -> Told:
         status = main(list(map(str, arguments)))
-        return Told(status, *capsys.readouterr())
+        told = capsys.readouterr()
+        return Told(status, told.out, told.err)
 
     return ran
 

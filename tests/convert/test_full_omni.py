@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -61,11 +62,10 @@ def test_the_thinker_inside_comes_out_and_the_rest_is_named(scene: Scene, tmp_pa
 @pytest.mark.oracle
 def test_another_thinker_goes_into_it_and_transformers_finds_everything(scene: Scene, tmp_path: Path) -> None:
     """The export is bfloat16 where its thinker is, and has the voices that lie beside the weights."""
-    stored = {name: (-value).astype(ml_dtypes.bfloat16) for name, value in tensors(CONFIG).items()}
-    stored |= {name: -value for name, value in stored.items() if value.ndim == 1}  # norms stay as they are, else nothing is left to compare
+    stored = {name: (value if value.ndim == 1 else -value).astype(ml_dtypes.bfloat16) for name, value in tensors(CONFIG).items()}
     other = store(tmp_path / "other", stored, cases.CONFIGS[CONFIG].to_hf())
     assert main(["export", str(other), str(tmp_path / "back"), "--omni", str(scene.omni)]) == 0
-    given = {name: value for name, value in cases.for_transformers(CONFIG, CASE).items() if name != "labels"}
+    given: dict[str, Any] = {name: value for name, value in cases.for_transformers(CONFIG, CASE).items() if name != "labels"}
     answer = run_oracle("full_omni", thinker="", target="", loaded=str(tmp_path / "back"), **given)
     assert {name: found.tolist() for name, found in answer.items() if name.startswith("amiss/") and found.size} == {}
     assert not answer["different"].size and answer["speakers"].tolist() == ["Voice"]

@@ -203,6 +203,12 @@ def test_a_broken_directory_says_what_is_wrong(tmp_path: Path) -> None:
     with pytest.raises(ConversionError, match=r"model-00002-of-00003\.safetensors is named in .* but is not there"):
         read(lost)
 
+    double = store(tmp_path / "double", tensors("uneven"), config.to_hf(), shards=2)
+    shards = [double / f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
+    save_file(load_file(shards[1]) | dict([next(iter(load_file(shards[0]).items()))]), shards[1], AS_TRANSFORMERS)
+    with pytest.raises(ConversionError, match=r"is given twice: in .*model-00001-of-00002\.safetensors and in .*model-00002-of-00002"):
+        read(double)
+
     lying = store(tmp_path / "lying", tensors("uneven"), config.to_hf(), shards=2)
     index = json.loads((lying / INDEX).read_text())
     index["weight_map"]["model.ghost"] = "model-00001-of-00002.safetensors"
