@@ -1,20 +1,22 @@
 """A full-size conversion beside `cp` and `sha256sum`: `python benchmarks/conversion.py SCRATCH [--preset 7b]`.
 
-Makes a thinker directory of random bfloat16 tensors in SCRATCH (18 GB for 7b), copies it with `cp` and reads it with `sha256sum`, imports
-it, and exports it again, each step from a cold cache and flushed to disk; prints seconds, speed and peak memory, and compares the bytes of
-all files. Needs three times the size on disk; SCRATCH is removed at the end.
+Makes a thinker directory of random bfloat16 tensors in SCRATCH (18 GB for 7b), copies it with `cp` and hashes it with `sha256sum`, imports
+it, and exports it again, each step from a cold cache and flushed to disk; prints seconds, speed and peak memory, and compares the hashes of
+the exported files with those of the first. Each directory is removed when it has been read, so that SCRATCH takes twice the checkpoint;
+it is removed at the end.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
+import dataclasses
 import json
 import math
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -68,57 +70,67 @@ def forget(folder: Path) -> None:
             os.close(handle)
 
 
-def timed(*commands: list[str]) -> tuple[float, float]:
-    """Seconds of commands and of the flush after them, and the largest resident memory of any of them in GiB."""
+def timed(*commands: list[str]) -> tuple[float, float, str]:
+    """Seconds of commands and of the flush after them, the largest resident memory of any of them in GiB, and what they printed."""
     begin = time.monotonic()
-    peak = 0.0
+    peak, printed = 0.0, ""
     for command in commands:
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-        _, status, usage = os.wait4(process.pid, 0)
-        if status:
-            sys.exit(f"{' '.join(command)} failed")
+        with tempfile.TemporaryFile("w+") as out:
+            process = subprocess.Popen(command, stdout=out)
+            _, status, usage = os.wait4(process.pid, 0)
+            if status:
+                sys.exit(f"{' '.join(command)} failed")
+            out.seek(0)
+            printed += out.read()
         peak = max(peak, usage.ru_maxrss / (1 << 20))
     os.sync()
-    return time.monotonic() - begin, peak
+    return time.monotonic() - begin, peak, printed
 
 
-def digest(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file of weights."""
-    found = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        with path.open("rb") as file:
-            found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
-    return found
+def sha256sum(folder: Path) -> list[str]:
+    """The command that hashes all files of weights."""
+    return ["sha256sum", *map(str, sorted(folder.glob("*.safetensors")))]
+
+
+def hashes(printed: str) -> dict[str, str]:
+    """What it says, by the names of the files."""
+    return {Path(file).name: digest for digest, file in map(str.split, printed.splitlines())}
 
 
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("scratch", type=Path, help="a directory to make, with room for three times the checkpoint")
+    parser.add_argument("scratch", type=Path, help="a directory to make, with room for twice the checkpoint")
     parser.add_argument("--preset", choices=PRESETS, default="7b")
+    parser.add_argument("--layers", type=int, help="of the decoder, to try it with a smaller model (default: all)")
     parser.add_argument("--shards", type=int, default=5)
     options = parser.parse_args()
+    config = ThinkerConfig.preset(options.preset)
+    if options.layers:
+        config = dataclasses.replace(config, text=dataclasses.replace(config.text, num_layers=options.layers))
     options.scratch.mkdir(parents=True)
     source, copy, ours, back = (options.scratch / name for name in ("source", "copy", "ours", "back"))
     try:
-        size = make(source, ThinkerConfig.preset(options.preset), options.shards)
-        files = [str(path) for path in sorted(source.glob("*.safetensors"))]
-        print(f"{size / 1e9:.2f} GB in {len(files)} files, {os.cpu_count()} cores", flush=True)
+        size = make(source, config, options.shards)
+        print(f"{size / 1e9:.2f} GB in {len(list(source.glob('*.safetensors')))} files, {os.cpu_count()} cores", flush=True)
         tool = [sys.executable, str(TOOL)]
-        steps = {
-            "cp, then sha256sum": (["cp", "-r", str(source), str(copy)], ["sha256sum", *files]),
-            "import": ([*tool, "import", str(source), str(ours)],),
-            "export": ([*tool, "export", str(ours), str(back)],),
-        }
         plain = 0.0
-        for name, commands in steps.items():
+
+        def step(name: str, *commands: list[str]) -> str:
+            nonlocal plain
             forget(options.scratch)
-            seconds, peak = timed(*commands)
+            seconds, peak, printed = timed(*commands)
             plain = plain or seconds
             figures = f"{seconds:7.1f} s {size / 1e6 / seconds:6.0f} MB/s = {plain / seconds:.2f} x cp+sha256sum, peak {peak:.2f} GiB"
             print(f"{name:20} {figures}", flush=True)
-            shutil.rmtree(copy, ignore_errors=True)
-        same = digest(source) == digest(back)
+            return printed
+
+        wanted = hashes(step("cp, then sha256sum", ["cp", "-r", str(source), str(copy)], sha256sum(source)))
+        shutil.rmtree(copy)
+        step("import", [*tool, "import", str(source), str(ours)])
+        shutil.rmtree(source)
+        step("export", [*tool, "export", str(ours), str(back)])
+        same = hashes(timed(sha256sum(back))[2]) == wanted
         print(f"files exported are{'' if same else ' NOT'} bit-identical to those imported")
     finally:
         shutil.rmtree(options.scratch)

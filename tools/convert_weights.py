@@ -30,6 +30,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import jax
+from absl import logging
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
@@ -50,6 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
     options = _parser().parse_args(arguments)
     jax.config.update("jax_platforms", "cpu")  # an accelerator may be too small for what it is not asked to hold
+    logging.set_verbosity(logging.ERROR)  # Orbax warns that it merges no files where there are none to merge
     console = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
     try:
         return options.run(options, console)
@@ -203,14 +205,16 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="convert_weights.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def command(name: str, run: Callable[[argparse.Namespace, Console], int], help: str) -> argparse.ArgumentParser:
-        made = commands.add_parser(name, help=help, description=help)
+    def command(name: str, run: Callable[[argparse.Namespace, Console], int], help: str, example: str) -> argparse.ArgumentParser:
+        made = commands.add_parser(name, help=help, description=help, epilog=f"Example: convert_weights.py {name} {example}")
         made.add_argument("source", metavar="SRC", help="directory of a checkpoint, or OWNER/NAME[@REVISION] on the hub")
         made.set_defaults(run=run)
         return made
 
     def opens(made: argparse.ArgumentParser) -> None:
-        made.add_argument("--base", metavar="DIR", help="where to find what SRC lacks: config.json, and for a PEFT adapter the weights")
+        made.add_argument(
+            "--base", metavar="DIR", help="where to find what SRC lacks, likewise named: config.json, and for a PEFT adapter the weights"
+        )
         alpha = "of the LoRA factors in a trainer's state dict, which does not say it (default: twice the rank)"
         made.add_argument("--lora-alpha", type=float, metavar="ALPHA", help=alpha)
 
@@ -218,18 +222,27 @@ def _parser() -> argparse.ArgumentParser:
         made.add_argument("target", type=Path, metavar="DST", help="directory to make")
         made.add_argument("--dry-run", action="store_true", help="check SRC and print what would go where, write nothing")
 
-    for name, help in (
-        ("import", "any checkpoint of the family -> one of ours; LoRA factors are kept beside the weights"),
-        ("merge", "a checkpoint with LoRA factors -> one of ours with the factors added to the weights, in float32"),
+    for name, help, example in (
+        ("import", "any checkpoint of the family -> one of ours; LoRA factors are kept beside the weights", "Qwen/Qwen2.5-Omni-7B omni-7b"),
+        (
+            "merge",
+            "a checkpoint with LoRA factors -> one of ours with the factors added to the weights, in float32",
+            "step_900 merged --base Qwen/Qwen2.5-Omni-7B",
+        ),
     ):
-        made = command(name, _import, help)
+        made = command(name, _import, help, example)
         writes(made)
         opens(made)
         made.add_argument("--dtype", choices=FLOATS, help="cast the weights to this (default: keep what is stored)")
         made.set_defaults(merge=name == "merge")
         if name == "import":
             made.add_argument("--merge", action="store_true", help="as the command merge")
-    made = command("export", _export, "any checkpoint -> a directory for transformers or PEFT; heads and adapters as they are released")
+    made = command(
+        "export",
+        _export,
+        "any checkpoint -> a directory for transformers or PEFT; heads and adapters as they are released",
+        "runs/rl/rl exported --merge",
+    )
     writes(made)
     opens(made)
     lora = made.add_mutually_exclusive_group()
@@ -238,8 +251,10 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--omni", metavar="DIR", help="write a full Omni model: this one, its thinker replaced (default: a thinker alone)")
     size = "largest size of one file (default: the files that SRC was imported from, else 5)"
     made.add_argument("--shard-size", type=_positive, metavar="GB", help=size)
-    opens(command("inspect", _inspect, "what a checkpoint is, and its tensors; exit status 1 if they are not what its config asks for"))
-    made = command("verify", _verify, "compare every tensor of a checkpoint of ours with its receipt, and with the model it came from")
+    help = "what a checkpoint is, and its tensors; exit status 1 if they are not what its config asks for"
+    opens(command("inspect", _inspect, help, "Qwen/Qwen2.5-Omni-3B"))
+    help = "compare every tensor of a checkpoint of ours with its receipt, and with the model it came from; exit status 1 if one differs"
+    made = command("verify", _verify, help, "omni-7b Qwen/Qwen2.5-Omni-7B --python .venv-oracle/bin/python")
     reference = "Hugging Face model to compare the weights with; where transformers is installed both are run on the same inputs"
     made.add_argument("reference", nargs="?", metavar="REFERENCE", help=reference)
     made.add_argument("--python", default=sys.executable, help="an interpreter that has transformers (default: this one)")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 
 from omnisapiens_jax.models.config import ThinkerConfig
 from omnisapiens_jax.processing.example import Batch, build_example, collate
@@ -31,7 +32,7 @@ class Processor:
             )
 
     def __call__(
-        self, problem: str, *, audios: Sequence[Source] = (), videos: Sequence[Source] = (), images: Sequence[Source] = ()
+        self, problem: str, *, audios: Sequence[str | Source] = (), videos: Sequence[str | Source] = (), images: Sequence[str | Source] = ()
     ) -> Batch:
         """A batch of one row: the prompt with its media, ready for `Thinker` and `Generator`.
 
@@ -48,9 +49,9 @@ class Processor:
             tokenizer=self.tokenizer,
             config=self.config,
             options=self.options,
-            audios=audios,
-            videos=videos,
-            images=images,
+            audios=_sources(audios),
+            videos=_sources(videos),
+            images=_sources(images),
             name="the prompt",
         )
         return collate([example], example.size(), self.config)
@@ -58,3 +59,7 @@ class Processor:
     def decode(self, ids: Sequence[int]) -> str:
         """Text of a response."""
         return self.tokenizer.decode(ids)
+
+
+def _sources(media: Sequence[str | Source]) -> list[Source]:
+    return [Path(one) if isinstance(one, str) else one for one in media]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -36,6 +37,7 @@ from tests import tiny
 from tests.models import cases
 from tests.training.world import mesh_of
 
+README = Path(__file__).resolve().parents[2] / "README.md"
 ONE, EIGHT = (1, 1, 1), (1, 4, 2)
 LORA = LoraConfig(4, 6.0, LORA_TARGETS)
 
@@ -173,6 +175,16 @@ def test_from_a_wav_file_to_logits(theirs: Path, tmp_path: Path) -> None:
     assert found[0].shape == (*batch["tokens"].shape, tiny.TINY.text.vocab_size) and np.ptp(found[0]) > 1
     np.testing.assert_allclose(found[1], found[0], atol=1e-5 * np.abs(found[0]).max())
     assert loaded.processor.decode(loaded.processor.tokenizer.encode("happy")) == "happy"
+
+
+def test_the_example_in_the_readme_runs(theirs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "DST").symlink_to(theirs)
+    soundfile.write(tmp_path / "clip.wav", np.sin(np.arange(16_000)), 16_000)
+    monkeypatch.chdir(tmp_path)
+    (example,) = re.findall(r"^```python\n(.*?)^```", README.read_text(), re.MULTILINE | re.DOTALL)
+    made: dict[str, Any] = {}
+    exec(example, made)
+    assert isinstance(made["loaded"].model, Thinker) and made["batch"]["audio_frames"].sum() == 100
 
 
 @pytest.fixture
