@@ -40,7 +40,7 @@ from omnisapiens_jax.convert import checkpoint, huggingface, peft, verify
 from omnisapiens_jax.convert.hub import resolve
 from omnisapiens_jax.convert.kinds import open_source
 from omnisapiens_jax.convert.names import lora_mappings, mappings
-from omnisapiens_jax.convert.parts import write_released
+from omnisapiens_jax.convert.parts import ADAPTERS, HEADS
 from omnisapiens_jax.convert.source import FLOATS, Source
 from omnisapiens_jax.convert.source import Progress as Report
 from omnisapiens_jax.convert.tensors import nbytes
@@ -98,7 +98,6 @@ def _export(options: argparse.Namespace, console: Console) -> int:
     if options.dry_run:
         _plan(source, console, factors_alone=options.peft)
         return 0
-    parts = []
     files = _files(source) | ({tensor.file for tensor in huggingface.stored_tensors(omni).values()} if omni else set())
     with _writing(options, files, console) as (folder, journal, progress):
         if options.peft:
@@ -110,8 +109,8 @@ def _export(options: argparse.Namespace, console: Console) -> int:
                 shard_bytes = int(options.shard_size * 1e9) if options.shard_size else huggingface.SHARD_BYTES
                 layout = None if options.shard_size else checkpoint.file_layout(source.path)
                 huggingface.write_thinker(source, folder, journal, shard_bytes=shard_bytes, layout=layout, progress=progress)
-            parts = write_released(source.parts, folder)
         companions = huggingface.copy_companions(source.companions, folder)
+        parts = [file for file in (HEADS, ADAPTERS) if (folder / file).is_file()]
     what = "LoRA factors for PEFT" if options.peft else "a full Omni model" if omni else "a thinker"
     _done(options.target, what, [*parts, *companions], console)
     return 0

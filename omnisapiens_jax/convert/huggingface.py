@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import shutil
@@ -13,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from omnisapiens_jax.convert.names import mappings
+from omnisapiens_jax.convert.parts import write_released
 from omnisapiens_jax.convert.source import Params, Progress, Skipped, Source, params_source
 from omnisapiens_jax.convert.tensors import (
     ConversionError,
@@ -132,6 +134,8 @@ def write_thinker(
 ) -> None:
     """Writes a thinker-only directory that transformers reads: `config.json`, and the tensors in one file or in shards with an index.
 
+    Heads and adapters go beside them as they are released, and a receipt.
+
     Args:
       source: checked, without LoRA factors.
       folder: of `whole_or_nothing`.
@@ -142,7 +146,7 @@ def write_thinker(
     """
     names = [name for row in mappings(source.config) for name in row.their_names]
     layout = layout or _divide({name: source.tensors[name] for name in names}, shard_bytes)
-    write_files(folder, {name: (layout[name], source.tensors[name]) for name in names}, journal, progress)
+    write_files(source, {name: (layout[name], source.tensors[name]) for name in names}, folder, journal, progress)
     _write_index(folder, layout, source.tensors.values())
     described = source.config.to_hf()
     stored = sorted({str(tensor.dtype) for tensor in source.tensors.values()})
@@ -150,7 +154,7 @@ def write_thinker(
 
 
 def write_omni(source: Source, base: Path, folder: Path, journal: Journal, *, progress: Progress | None = None) -> None:
-    """Writes a full Omni directory: the files of `base` with the thinker's tensors replaced, in the source's dtypes.
+    """Writes a full Omni directory: the files of `base` with the thinker's tensors replaced, in the source's dtypes; likewise a receipt.
 
     Raises:
       ConversionError: `base` is no full Omni directory, or its thinker has other names or another config than the source's.
@@ -167,7 +171,7 @@ def write_omni(source: Source, base: Path, folder: Path, journal: Journal, *, pr
         name: (tensor.file.name, source.tensors[name.removeprefix(PREFIX)] if name.startswith(PREFIX) else tensor)
         for name, tensor in stored.items()
     }
-    write_files(folder, chosen, journal, progress)
+    write_files(source, chosen, folder, journal, progress)
     _write_index(folder, {name: file for name, (file, _) in chosen.items()}, (tensor for _, tensor in chosen.values()))
     for file in base.iterdir():  # the config, and what the speech side needs beside its weights
         if file.is_file() and file.suffix != ".safetensors" and not (folder / file.name).exists():
@@ -189,8 +193,17 @@ def _divide(tensors: Mapping[str, Tensor], most: int) -> dict[str, str]:
     return {name: f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number, shard in enumerate(shards, 1) for name in shard}
 
 
-def write_files(folder: Path, tensors: Mapping[str, tuple[str, Tensor]], journal: Journal, progress: Progress | None) -> None:
-    """Writes tensors `name -> (file, tensor)` and the receipt; a file that the journal has is there already."""
+def write_files(
+    source: Source,
+    tensors: Mapping[str, tuple[str, Tensor]],
+    folder: Path,
+    journal: Journal,
+    progress: Progress | None,
+) -> None:
+    """Writes tensors `name -> (file, tensor)`, the source's heads and adapters, and the receipt of all.
+
+    A file that the journal has is there already.
+    """
     files: dict[str, dict[str, Tensor]] = {}
     for name, (file, tensor) in tensors.items():
         files.setdefault(file, {})[name] = tensor
@@ -217,7 +230,10 @@ def write_files(folder: Path, tensors: Mapping[str, tuple[str, Tensor]], journal
                         progress(name, done, total)
             flush(folder)
             journal.add(file, records)
-    (folder / RECEIPT).write_text(json.dumps({"tensors": [record for file in files for record in journal.done[file]]}, indent=1))
+    written = [record for file in files for record in journal.done[file]] + write_released(source.parts, folder)
+    skipped = [dataclasses.asdict(skipped) for skipped in source.skipped]
+    receipt = {"kind": source.kind, "source": str(source.path), "tensors": written, "skipped": skipped}
+    (folder / RECEIPT).write_text(json.dumps(receipt, indent=1))
 
 
 def _write_index(folder: Path, files: Mapping[str, str], tensors: Iterable[Tensor]) -> None:

@@ -18,7 +18,7 @@ from omnisapiens_jax.convert.kinds import open_source
 from omnisapiens_jax.convert.names import Mapping as Row
 from omnisapiens_jax.convert.names import lora_mappings, mappings
 from omnisapiens_jax.convert.source import Params, Source
-from omnisapiens_jax.convert.tensors import Tensor
+from omnisapiens_jax.convert.tensors import Tensor, read_finite
 from omnisapiens_jax.models.bam import ResidualAdapter
 from omnisapiens_jax.models.config import ThinkerConfig
 from omnisapiens_jax.models.heads import DomainHeads
@@ -69,7 +69,7 @@ def load(
       options: how media are decoded and prompts built.
 
     Raises:
-      ConversionError: there is no such checkpoint, or it is broken.
+      ConversionError: there is no such checkpoint, it is broken, or has values that are not finite in `dtype`.
       FileNotFoundError: it has no tokenizer beside it.
       ValueError: its tokenizer is not the model's.
     """
@@ -142,7 +142,7 @@ def _read_shards(row: Row, tensors: Mapping[str, Tensor], wanted: Iterable[Spans
             if not first <= layer < last:
                 continue
             if within[axis] not in read:
-                read[within[axis]] = row.to_ours(tensors[name].read(*within[axis]))
+                read[within[axis]] = row.to_ours(read_finite(tensors[name], *within[axis], np.dtype(dtype)))
             cut = [slice(*span) for span in within]
             cut[axis] = slice(None)
             shard[... if row.layers is None else layer - first] = read[within[axis]][tuple(cut)]
@@ -153,7 +153,7 @@ def fill_parts(heads: DomainHeads | None, adapters: Mapping[str, ResidualAdapter
     """Reads heads and adapters in float32."""
 
     def array(name: str) -> jax.Array:
-        return jnp.asarray(parts[name].read().astype(np.float32))
+        return jnp.asarray(read_finite(parts[name], 0, None, np.dtype(np.float32)))
 
     if heads is not None:
         numbers = range(len(heads.labels))

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from omnisapiens_jax.convert.tensors import ConversionError, HeldTensor, SafetensorsWriter, Tensor, as_bytes, check_finite, some
+from omnisapiens_jax.convert.tensors import ConversionError, HeldTensor, SafetensorsWriter, Tensor, as_bytes, read_finite, some
 from omnisapiens_jax.convert.torch_files import write_torch_file
 
 HEADS, ADAPTERS = "heads.bin", "adapters.bin"
@@ -101,11 +101,11 @@ def _sizes(parts: Mapping[str, Tensor], name: str, otherwise: tuple[Any, Any]) -
 
 
 def modern(parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same parts without what the first adapters had besides.
+    """The same parts without what early adapters had besides.
 
-    Their MLP was given three confidences after the descriptor, zero in every run. These went through a LayerNorm of their own where the
-    descriptor did, which makes its bias of zeros, and were multiplied by `conf_gain` where there was one. What came out is constant, and
-    goes into the bias of the first layer: `b1 + W1[:, D:] (conf_gain * ln_conf.bias)`. The very first kept `alpha` as a scalar.
+    Their MLP takes three confidences after the descriptor, zero in every run. Behind a LayerNorm these are its bias, a constant, which goes
+    into the bias of the first layer: `b1 + W1[:, D:] ln_conf.bias`, with a gain `b1 + W1[:, D:] (conf_gain * ln_conf.bias)`. An `alpha` of
+    shape [] becomes one of shape [1].
 
     An adapter with neither LayerNorm nor gain does not show how wide its descriptor was, and stays as it is: with zeros after the
     descriptor it gives what it gave.
@@ -154,8 +154,7 @@ def write_parts(parts: Mapping[str, Tensor], folder: Path) -> list[dict[str, Any
         with SafetensorsWriter(folder / OURS, shapes) as writer:
             for name in writer.order:
                 tensor = parts[name]
-                values = tensor.read()
-                check_finite(values, tensor)
+                values = read_finite(tensor, 0, None, tensor.dtype)
                 writer.write(values)
                 record = {"name": name, "stored_name": tensor.name, "file": tensor.file.name, "tree": "parts", "path": name, "layer": None}
                 record |= {"shape": list(tensor.shape), "dtype": str(tensor.dtype), "sha256": hashlib.sha256(as_bytes(values)).hexdigest()}
@@ -163,14 +162,16 @@ def write_parts(parts: Mapping[str, Tensor], folder: Path) -> list[dict[str, Any
     return records
 
 
-def write_released(parts: Mapping[str, Tensor], folder: Path) -> list[str]:
-    """Writes `heads.bin` and `adapters.bin`, as far as there is something for them; returns their names."""
-    written = []
+def write_released(parts: Mapping[str, Tensor], folder: Path) -> list[dict[str, Any]]:
+    """Writes `heads.bin` and `adapters.bin`, as far as there is something for them; returns what a receipt says of their tensors."""
+    records = []
     for file, mine in ((HEADS, _HEAD), (ADAPTERS, _ADAPTER)):
-        if chosen := {name: tensor for name, tensor in parts.items() if mine.fullmatch(name)}:
-            values = {name: tensor.read() for name, tensor in chosen.items()}
-            for name, tensor in chosen.items():
-                check_finite(values[name], tensor)
+        values = {name: read_finite(tensor, 0, None, tensor.dtype) for name, tensor in parts.items() if mine.fullmatch(name)}
+        if values:
             write_torch_file(folder / file, values)
-            written.append(file)
-    return written
+        for name, value in values.items():
+            record = {"name": name, "file": file, "source": str(parts[name].file), "stored_name": parts[name].name}
+            records.append(
+                record | {"shape": list(value.shape), "dtype": str(value.dtype), "sha256": hashlib.sha256(as_bytes(value)).hexdigest()}
+            )
+    return records

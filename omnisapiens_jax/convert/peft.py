@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -33,7 +34,8 @@ def write_adapter(source: Source, folder: Path, journal: Journal, *, progress: P
     if source.lora is None:
         raise ConversionError(f"{source.path} has no LoRA factors")
     config = source.lora.config
-    write_files(folder, {_spelled(name): (FILE, tensor) for name, tensor in source.lora.factors.items()}, journal, progress)
+    factors = {_spelled(name): (FILE, tensor) for name, tensor in source.lora.factors.items()}
+    write_files(dataclasses.replace(source, parts={}), factors, folder, journal, progress)
     targets = (rf"{_LAYERS[tower]}\.({'|'.join(config.targets[tower])})" for tower in LORA_TARGETS if config.targets.get(tower))
     described = {
         "peft_type": "LORA",

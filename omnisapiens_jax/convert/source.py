@@ -96,18 +96,14 @@ class Source:
 
 def _compare(found: Mapping[str, Tensor], rows: tuple[Row, ...]) -> list[str]:
     wanted = {name: row.their_shape for row in rows for name in row.their_names}
+    told = {name: f"{tensor.name} in {tensor.file.name}" for name, tensor in found.items()}
+    both = sorted(found.keys() & wanted.keys())
     lists = {
-        "unknown": [found[name].name for name in sorted(found.keys() - wanted.keys())],
+        "unknown": [told[name] for name in sorted(found.keys() - wanted.keys())],
         "missing": sorted(wanted.keys() - found.keys()),
-        "misshapen": [
-            f"{found[name].name} {found[name].shape} instead of {wanted[name]}"
-            for name in sorted(found.keys() & wanted.keys())
-            if found[name].shape != wanted[name]
-        ],
+        "misshapen": [f"{told[name]} {found[name].shape} instead of {wanted[name]}" for name in both if found[name].shape != wanted[name]],
         "of a dtype that no parameter has": [
-            f"{found[name].name} {found[name].dtype}"
-            for name in sorted(found.keys() & wanted.keys())
-            if found[name].dtype not in FLOATS.values()
+            f"{told[name]} {found[name].dtype}" for name in both if found[name].dtype not in FLOATS.values()
         ],
     }
     return [f"{len(names)} {kind}: {some(names)}" for kind, names in lists.items() if names]

@@ -263,7 +263,7 @@ class SafetensorsWriter:
         self._file.write(as_bytes(values))
 
 
-def read_finite(tensor: Tensor, start: int, stop: int, dtype: np.dtype) -> np.ndarray:
+def read_finite(tensor: Tensor, start: int, stop: int | None, dtype: np.dtype) -> np.ndarray:
     """Rows of a tensor in a dtype, C-contiguous. Raises ConversionError if any value is not finite, or becomes so when it is cast."""
     values = tensor.read(start, stop)
     check_finite(values, tensor)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import re
 import shutil
@@ -99,7 +100,10 @@ def test_in_and_out_again_gives_the_files_it_came_from(world: World, run: Run, t
     for name in (*COMPANIONS, "label_scheme.json"):
         assert (tmp_path / "back" / name).read_bytes() == (world.released / name).read_bytes()
     receipt = json.loads((tmp_path / "back" / "conversion_manifest.json").read_text())
-    assert {record["name"] for record in receipt["tensors"]} == tensors("uneven").keys()
+    assert {record["name"] for record in receipt["tensors"]} == tensors("uneven").keys() | {"heads.0.weight", "heads.0.bias"}
+    assert receipt["source"] == str(tmp_path / "ours") and receipt["skipped"] == []
+    bias = next(record for record in receipt["tensors"] if record["name"] == "heads.0.bias")
+    assert bias["file"] == HEADS and bias["sha256"] == hashlib.sha256(np.array([0.5, -2.0], np.float32).tobytes()).hexdigest()
 
 
 def test_files_can_be_divided_anew(world: World, run: Run, tmp_path: Path) -> None:
@@ -212,7 +216,7 @@ def test_an_inspection_lists_all_and_tells_what_does_not_fit(world: World, run: 
     stored["model.norm.weihgt"] = stored.pop("model.norm.weight")
     told = run("inspect", store(tmp_path / "odd", stored, CONFIG.to_hf()))
     assert told.status == 1 and "model.norm.weihgt" in told.out
-    assert re.search(r"1 unknown: model\.norm\.weihgt\n *1 missing: model\.norm\.weight", told.err)
+    assert re.search(r"1 unknown: model\.norm\.weihgt in model\.safetensors\n *1 missing: model\.norm\.weight", told.err)
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from omnisapiens_jax.convert.checkpoint import load_manifest
 from omnisapiens_jax.convert.kinds import open_source
 from omnisapiens_jax.convert.source import read_params
 from omnisapiens_jax.processing.example import Batch
@@ -54,6 +55,7 @@ def test_the_thinker_inside_comes_out_and_the_rest_is_named(scene: Scene, tmp_pa
     assert "omni is a full Omni model of Hugging Face: 132 tensors" in told
     assert re.search(r"left behind: \d+ tensors of the talker", told) and re.search(r"left behind: \d+ tensors of the token2wav", told)
     found, wanted = open_source(tmp_path / "ours"), open_source(scene.thinker)
+    assert {skipped["name"].split(".")[0] for skipped in load_manifest(tmp_path / "ours")["skipped"]} == {"talker", "token2wav"}
     assert found.config == wanted.config and found.tensors.keys() == wanted.tensors.keys()
     for name, tensor in wanted.tensors.items():
         assert found.tensors[name].read().tobytes() == tensor.read().tobytes(), name

@@ -144,11 +144,15 @@ def _one_layer_more(stored: Tensors) -> None:
     ("change", "said"),
     [
         (_one_missing, r"1 missing: audio_tower\.conv2\.bias"),
-        (_misnamed, r"1 unknown: model\.layers\.0\.self_attn\.q_proj\.wieght\n  1 missing: model\.layers\.0\.self_attn\.q_proj\.weight"),
+        (
+            _misnamed,
+            r"1 unknown: model\.layers\.0\.self_attn\.q_proj\.wieght in model\.safetensors\n"
+            r"  1 missing: model\.layers\.0\.self_attn\.q_proj\.weight",
+        ),
         (
             _turned,
-            r"2 misshapen: audio_tower\.ln_post\.weight \(7,\) instead of \(24,\), "
-            r"visual\.blocks\.1\.mlp\.up_proj\.weight \(40, 52\) instead of \(52, 40\)",
+            r"2 misshapen: audio_tower\.ln_post\.weight in model\.safetensors \(7,\) instead of \(24,\), "
+            r"visual\.blocks\.1\.mlp\.up_proj\.weight in model\.safetensors \(40, 52\) instead of \(52, 40\)",
         ),
         (_one_layer_more, r"1 unknown: model\.layers\.3\.input_layernorm\.weight"),
     ],
@@ -166,7 +170,7 @@ def test_a_name_without_the_prefix_of_the_others_is_unknown(tmp_path: Path) -> N
     stored = {f"thinker.{name}": value for name, value in tensors("uneven").items()}
     stored["model.norm.weight"] = stored["thinker.model.norm.weight"]
     source = store(tmp_path / "hf", stored, full_omni(cases.CONFIGS["uneven"]))
-    with pytest.raises(ConversionError, match=r"1 unknown: model\.norm\.weight$"):
+    with pytest.raises(ConversionError, match=r"1 unknown: model\.norm\.weight in model\.safetensors$"):
         read(source)
 
 

@@ -187,6 +187,18 @@ def test_the_example_in_the_readme_runs(theirs: Path, tmp_path: Path, monkeypatc
     assert isinstance(made["loaded"].model, Thinker) and made["batch"]["audio_frames"].sum() == 100
 
 
+def test_numbers_that_are_not_finite_are_named(theirs: Path, tmp_path: Path) -> None:
+    """Also those that become so in the dtype asked for."""
+    folder = tmp_path / "bad"
+    shutil.copytree(theirs, folder)
+    stored, name = load_file(folder / "model.safetensors"), "model.layers.1.mlp.up_proj.weight"
+    for value, dtype, said in ((np.nan, None, "; a model"), (1e30, jnp.float16, " as float16: they are too large for it")):
+        stored[name][3, 2] = value
+        save_file(stored, folder / "model.safetensors")
+        with pytest.raises(ConversionError, match=rf"bad/model\.safetensors: 1 of [\d,]+ values read of {name} are infinite or NaN{said}"):
+            omnisapiens_jax.load(folder, mesh=mesh_of(ONE), dtype=dtype)
+
+
 @pytest.fixture
 def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
     def long_work(*_: object) -> None:
@@ -210,5 +222,8 @@ def test_what_is_wrong_is_told_before_the_long_work(theirs: Path, tmp_path: Path
     with pytest.raises(ValueError, match=r"the vocabulary's special tokens are TokenIds\(pad=0, .* the model's TokenIds\(pad=11, "):
         omnisapiens_jax.load(folder)
     (folder / "config.json").write_text(json.dumps(config | {"text_config": config["text_config"] | {"intermediate_size": 50}}))
-    with pytest.raises(ConversionError, match=r"6 misshapen: model\.layers\.0\.mlp\.down_proj\.weight \(32, 48\) instead of \(32, 50\)"):
+    with pytest.raises(
+        ConversionError,
+        match=r"6 misshapen: model\.layers\.0\.mlp\.down_proj\.weight in model\.safetensors \(32, 48\) instead of \(32, 50\)",
+    ):
         omnisapiens_jax.load(folder)

@@ -83,7 +83,7 @@ def released(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
     folder = tmp_path_factory.mktemp("released")
     answer = parts.torchs_answer(folder, {"video": parts.form(30), "audio": parts.form(50, modality="audio")})
     both = modern(read_torch_file(folder / "video.bin") | read_torch_file(folder / "audio.bin"))
-    assert write_released(both, folder) == [ADAPTERS]
+    assert {record["file"] for record in write_released(both, folder)} == {ADAPTERS}
     return folder, answer
 
 
@@ -106,7 +106,7 @@ def test_heads_and_both_adapters_answer_together_as_in_torch(released: tuple[Pat
 def test_torch_reads_what_is_released_with_the_same_bits(released: tuple[Path, dict[str, np.ndarray]], tmp_path: Path) -> None:
     found = released_parts(released[0])
     half = {name: HeldTensor(name, tensor.read().astype(np.float16)) for name, tensor in found.items() if name.startswith("heads.")}
-    assert write_released(found | half, tmp_path) == [HEADS, ADAPTERS]
+    assert [record["name"] for record in write_released(found | half, tmp_path)] == sorted(found, key=lambda name: "adapter" in name)
     loaded = run_oracle("torch_loaded", file=str(tmp_path / HEADS)) | run_oracle("torch_loaded", file=str(tmp_path / ADAPTERS))
     values = {name: tensor.read() for name, tensor in (found | half).items()}
     wanted = {f"{name}/{value.dtype}/{'x'.join(map(str, value.shape))}": value.tobytes() for name, value in values.items()}
@@ -207,7 +207,7 @@ def test_a_checkpoint_of_ours_keeps_them_bit_for_bit(tmp_path: Path) -> None:
 
 def test_only_what_is_there_is_written_as_a_release(tmp_path: Path) -> None:
     assert write_released({}, tmp_path) == []
-    assert write_released({name: tensor for name, tensor in some_parts().items() if "adapter" in name}, tmp_path) == [ADAPTERS]
+    assert len(write_released({name: tensor for name, tensor in some_parts().items() if "adapter" in name}, tmp_path)) == 7
     assert [file.name for file in tmp_path.iterdir()] == [ADAPTERS]
 
 
