@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
-import multiprocessing
 import os
+import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from omnisapiens_jax.convert import unfinished
 from omnisapiens_jax.convert.tensors import ConversionError
 from omnisapiens_jax.convert.unfinished import JOURNAL, Journal, whole_or_nothing
 
+REPO = Path(__file__).resolve().parents[2]
 FACTS = {"source": "here", "sizes": [1, 2]}
 KEYS = ("one", "two", "three", "four")
 
@@ -39,13 +42,23 @@ def kill(key: str) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def killed(target: Path) -> Path:
+Killed = Callable[[Path], Path]
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory) -> Killed:
     """What a process leaves that SIGKILL stops after the third file is written, before it is in the journal."""
-    child = multiprocessing.get_context("fork").Process(target=work, args=(target,), kwargs={"stop": kill})
-    child.start()
-    child.join()
-    assert child.exitcode == -signal.SIGKILL and not target.exists()
-    return target.with_name(f".{target.name}.unfinished")
+    first = tmp_path_factory.mktemp("killed") / "here"
+    program = f"from pathlib import Path; from {__name__} import kill, work; work(Path({str(first)!r}), stop=kill)"
+    child = subprocess.run([sys.executable, "-c", program], cwd=REPO, check=False)
+    assert child.returncode == -signal.SIGKILL and not first.exists()
+
+    def left(target: Path) -> Path:
+        folder = target.with_name(f".{target.name}.unfinished")
+        shutil.copytree(first.with_name(".here.unfinished"), folder)
+        return folder
+
+    return left
 
 
 def content(folder: Path) -> dict[str, str]:
@@ -60,7 +73,7 @@ def test_it_appears_when_all_of_it_is_there_and_nothing_else_beside_it(tmp_path:
     assert [path.name for path in (tmp_path / "made").iterdir()] == ["here"]
 
 
-def test_work_that_was_killed_goes_on(tmp_path: Path) -> None:
+def test_work_that_was_killed_goes_on(tmp_path: Path, killed: Killed) -> None:
     left = killed(tmp_path / "here")
     assert {path.name for path in left.iterdir()} == {"one", "two", "three", JOURNAL}
     assert work(tmp_path / "here") == ["three", "four"]
@@ -69,7 +82,7 @@ def test_work_that_was_killed_goes_on(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("lost", range(1, 40, 3))
-def test_a_line_of_the_journal_that_was_not_finished_counts_for_nothing(tmp_path: Path, lost: int) -> None:
+def test_a_line_of_the_journal_that_was_not_finished_counts_for_nothing(tmp_path: Path, lost: int, killed: Killed) -> None:
     left = killed(tmp_path / "here")
     journal = (left / JOURNAL).read_bytes()
     (left / JOURNAL).write_bytes(journal[:-lost])
@@ -77,13 +90,13 @@ def test_a_line_of_the_journal_that_was_not_finished_counts_for_nothing(tmp_path
     assert content(tmp_path / "here") == {key: f"content of {key}" for key in KEYS}
 
 
-def test_a_journal_that_cannot_be_read_begins_anew(tmp_path: Path) -> None:
+def test_a_journal_that_cannot_be_read_begins_anew(tmp_path: Path, killed: Killed) -> None:
     left = killed(tmp_path / "here")
     (left / JOURNAL).write_bytes(b"\0" * 100 + b"\n")
     assert work(tmp_path / "here") == [*KEYS]
 
 
-def test_other_work_in_the_same_place_begins_anew(tmp_path: Path) -> None:
+def test_other_work_in_the_same_place_begins_anew(tmp_path: Path, killed: Killed) -> None:
     left = killed(tmp_path / "here")
     (left / "tree").mkdir()
     (left / "tree" / "leaf").write_text("of the other work")
@@ -91,7 +104,7 @@ def test_other_work_in_the_same_place_begins_anew(tmp_path: Path) -> None:
     assert content(tmp_path / "here") == {key: f"content of {key}" for key in KEYS}
 
 
-def test_what_other_work_left_is_never_taken_for_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_other_work_left_is_never_taken_for_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed: Killed) -> None:
     """Killed while it clears the place: the journal goes first, so whoever comes next clears the rest."""
     left = killed(tmp_path / "here")
     unlink, removed = Path.unlink, []
@@ -149,7 +162,7 @@ def test_a_full_disk_is_told_with_what_to_do_and_the_work_goes_on(tmp_path: Path
     assert work(tmp_path / "here") == ["two", "three", "four"]
 
 
-def test_work_that_nobody_can_begin_again_leaves_nothing(tmp_path: Path) -> None:
+def test_work_that_nobody_can_begin_again_leaves_nothing(tmp_path: Path, killed: Killed) -> None:
     def full(key: str) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
