@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.custom_derivatives import SymbolicZero
 
 from omnisapiens_jax.models.audio import AudioEncoder
 from omnisapiens_jax.models.config import ThinkerConfig
@@ -84,11 +87,14 @@ class Thinker(nnx.Module):
         first = last_token(prompt, batch["prompt_length"])[:, None, None]  # [B, 1, 1, D]
         return jnp.concatenate([jnp.broadcast_to(first, (*states.shape[:2], 1, states.shape[-1])), states[:, :, :-1]], axis=2)
 
+    def head(self) -> jax.Array:
+        """The LM head `[D, V]`: its own, or the transposed table of token embeddings where they are tied."""
+        kernel = self.decoder.embed_tokens[...].T if self.lm_head is None else self.lm_head.kernel[...]
+        return kernel.astype(self.decoder.dtype)
+
     def logits(self, hidden: jax.Array) -> jax.Array:
         """LM logits `[..., V]` (float32) of normed states `[..., D]`."""
-        table = self.decoder.embed_tokens[...]
-        logits = hidden @ table.astype(hidden.dtype).T if self.lm_head is None else self.lm_head(hidden)
-        return logits.astype(jnp.float32)
+        return (hidden @ self.head()).astype(jnp.float32)
 
 
 def response_positions(prompt_length: jax.Array, rope_delta: jax.Array, step: jax.Array) -> jax.Array:
@@ -104,30 +110,91 @@ def last_token(states: jax.Array, lengths: jax.Array) -> jax.Array:
 def token_log_probs(thinker: Thinker, hidden: jax.Array, targets: jax.Array, *, temperature: float = 1.0, chunk: int = 1024) -> jax.Array:
     """Log-probability of each target, without `[B, T, V]` logits.
 
-    `log_softmax(logits / temperature)` in float32, before any truncation of the distribution; logits are made for `chunk` tokens at a time,
-    and made again in the backward pass.
+    `log_softmax(logits / temperature)` in float32, before any truncation of the distribution. Logits are made for `chunk` tokens at a time,
+    and made again in the backward pass only if the head is trained: for the states, the forward keeps what their gradient needs.
 
     Args:
       thinker: gives the head.
       hidden: `[..., D]` normed states.
-      targets: `[...]` ids.
+      targets: `[...]` ids; a negative one is not asked for, and a chunk of such is not computed.
       temperature: of the sampler.
       chunk: tokens whose logits exist at once.
 
-    Returns: log-probabilities `[...]` in float32.
+    Returns: log-probabilities `[...]` in float32, 0 where not asked for.
     """
-
-    def some(hidden: jax.Array, targets: jax.Array) -> jax.Array:
-        # A chunk's tokens are divided like rows, or every device would make the logits of all of them.
-        log_probs = jax.nn.log_softmax(shard(thinker.logits(hidden) / temperature, "batch", "act_vocab"), axis=-1)
-        return jnp.take_along_axis(log_probs, targets[:, None], axis=-1)[:, 0]
-
     flat, wanted = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
     total = flat.shape[0]
-    if total <= chunk:
-        picked = some(flat, wanted)
-    else:
-        pad = -total % chunk
-        chunks = jnp.pad(flat, ((0, pad), (0, 0))).reshape(-1, chunk, flat.shape[-1]), jnp.pad(wanted, (0, pad)).reshape(-1, chunk)
-        picked = jax.lax.map(lambda c: jax.checkpoint(some)(*c), chunks).reshape(-1)[:total]
-    return picked.reshape(targets.shape)
+    pad = -total % min(chunk, total)
+    flat, wanted = jnp.pad(flat, ((0, pad), (0, 0))), jnp.pad(wanted, (0, pad), constant_values=-1)
+    return _target_log_probs(flat, thinker.head(), wanted, temperature, min(chunk, total))[:total].reshape(targets.shape)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _target_log_probs(hidden: jax.Array, head: jax.Array, targets: jax.Array, temperature: float, chunk: int) -> jax.Array:
+    """`token_log_probs` of `hidden [T, D]` and `targets [T]` under `head [D, V]`, T a multiple of `chunk`."""
+
+    def some(hidden: jax.Array, targets: jax.Array) -> jax.Array:
+        return _log_softmax(hidden, head, targets, temperature)[1]
+
+    return _by_chunks(some, chunk, hidden, targets)
+
+
+def _forward(hidden: Any, head: Any, targets: Any, temperature: float, chunk: int) -> tuple[jax.Array, Any]:
+    """Log-probabilities, and their gradient by the states `[T, D]`: linear in what comes back, so it can be made now, logits at hand."""
+
+    def some(hidden: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
+        log_probs, picked = _log_softmax(hidden, head.value, targets, temperature)
+        return picked, shard(_by_logits(log_probs, targets, temperature).astype(hidden.dtype) @ head.value.T, "batch", "act_embed")
+
+    picked, slope = _by_chunks(some, chunk, hidden.value, targets.value)
+    return picked, (slope, targets.value, (hidden.value, head.value) if head.perturbed else None)
+
+
+def _backward(temperature: float, chunk: int, saved: Any, grad: Any) -> tuple[jax.Array, jax.Array | None, None]:
+    slope, targets, trained = saved
+    grad = jnp.zeros(targets.shape) if isinstance(grad, SymbolicZero) else grad
+    by_hidden = (slope * grad[:, None]).astype(slope.dtype)
+    if trained is None:
+        return by_hidden, None, None
+    hidden, head = trained
+
+    def some(hidden: jax.Array, targets: jax.Array, grad: jax.Array) -> jax.Array:
+        log_probs, _ = _log_softmax(hidden, head, targets, temperature)
+        by_logits = (_by_logits(log_probs, targets, temperature) * grad[:, None]).astype(hidden.dtype)
+        return jax.lax.dot_general(hidden, by_logits, (((0,), (0,)), ((), ())))
+
+    return by_hidden, _by_chunks(some, chunk, hidden, targets, grad, add=True), None
+
+
+_target_log_probs.defvjp(_forward, _backward, symbolic_zeros=True)
+
+
+def _log_softmax(hidden: jax.Array, head: jax.Array, targets: jax.Array, temperature: float) -> tuple[jax.Array, jax.Array]:
+    """Of all tokens `[T, V]`, and of the targets `[T]`, in float32."""
+    # A chunk's tokens are divided like rows, or every device would make the logits of all of them.
+    logits = shard((hidden @ head).astype(jnp.float32) / temperature, "batch", "act_vocab")
+    log_probs = jax.nn.log_softmax(logits, axis=-1)
+    picked = jnp.take_along_axis(log_probs, jnp.maximum(targets, 0)[:, None], axis=-1)[:, 0]
+    return log_probs, jnp.where(targets >= 0, picked, 0.0)
+
+
+def _by_logits(log_probs: jax.Array, targets: jax.Array, temperature: float) -> jax.Array:
+    """The gradient `[T, V]` of the targets' log-probabilities by the logits."""
+    chosen = jnp.arange(log_probs.shape[-1]) == targets[:, None]
+    return jnp.where(targets[:, None] >= 0, (chosen - jnp.exp(log_probs)) / temperature, 0.0)
+
+
+def _by_chunks(some: Callable[..., Any], chunk: int, hidden: jax.Array, targets: jax.Array, *more: jax.Array, add: bool = False) -> Any:
+    """`some(hidden, targets, *more)` of `chunk` rows at a time, zeros where none of them is asked for; joined, or added up."""
+    arrays = (hidden, targets, *more)
+    if targets.shape[0] == chunk:
+        return some(*arrays)
+    parts = tuple(array.reshape(-1, chunk, *array.shape[1:]) for array in arrays)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(some, *(part[0] for part in parts)))
+
+    def step(total: Any, part: tuple[jax.Array, ...]) -> tuple[Any, Any]:
+        made = jax.lax.cond(jnp.any(part[1] >= 0), some, lambda *_: zeros, *part)
+        return (jax.tree.map(jnp.add, total, made), None) if add else (None, made)
+
+    total, made = jax.lax.scan(step, zeros if add else None, parts)
+    return total if add else jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), made)

@@ -29,18 +29,8 @@ def lm_loss(thinker: Thinker, batch: Batch) -> tuple[jax.Array, jax.Array]:
     targets = jnp.pad(jnp.take_along_axis(targets, order, axis=1), ((0, 0), (0, pad)), constant_values=-1)
     hidden = jnp.pad(jnp.take_along_axis(hidden, order[..., None], axis=1), ((0, 0), (0, pad), (0, 0)))
 
-    def some(hidden: jax.Array, targets: jax.Array) -> jax.Array:
-        log_probs = token_log_probs(thinker, hidden, jnp.maximum(targets, 0))
-        return -jnp.sum(jnp.where(targets >= 0, log_probs, 0.0))
-
-    @jax.checkpoint  # around the condition: what a branch keeps for the backward pass, the head among it, would be stacked once a chunk
-    def chunk(total: jax.Array, part: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
-        hidden, targets = part
-        loss = jax.lax.cond(jnp.any(targets >= 0), some, lambda *_: jnp.zeros((), jnp.float32), hidden, targets)
-        return total + loss, None
-
     def parts(x: jax.Array) -> jax.Array:  # [B, T, ...] -> [T / chunk, B, chunk, ...]
         return jnp.moveaxis(x.reshape(x.shape[0], -1, _CHUNK, *x.shape[2:]), 1, 0)
 
-    total, _ = jax.lax.scan(chunk, jnp.zeros((), jnp.float32), (parts(hidden), parts(targets)))
-    return total, jnp.sum(targets >= 0, dtype=jnp.float32)
+    log_probs = token_log_probs(thinker, parts(hidden), parts(targets), chunk=targets.shape[0] * _CHUNK)
+    return -jnp.sum(log_probs), jnp.sum(targets >= 0, dtype=jnp.float32)

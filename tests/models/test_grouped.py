@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 
@@ -179,25 +180,35 @@ def test_parts_join_to_the_whole() -> None:
     np.testing.assert_allclose(joined, whole, atol=1e-6)
 
 
-def test_chunks_of_log_probs_equal_one_chunk() -> None:
+@pytest.mark.parametrize("tied", [False, True])
+def test_log_probs_and_their_gradient_are_the_plain_formula_whatever_the_chunk(tied: bool) -> None:
     random = np.random.default_rng(0)
-    hidden, targets = jnp.asarray(random.standard_normal((3, 7, 32)), jnp.float32), jnp.asarray(random.integers(0, 1024, (3, 7)))
+    config = dataclasses.replace(tiny.TINY, tie_head=tied)
+    graph, params = nnx.split(Thinker(config, rngs=nnx.Rngs(0)))
+    hidden, targets = jnp.asarray(random.standard_normal((3, 7, 32)), jnp.float32), random.integers(0, 1024, (3, 7))
+    targets[1], targets[2, 5:] = -1, -1  # not asked for; at 4 a chunk, one chunk whole
+    head = np.asarray(nnx.merge(graph, params).head(), np.float64)
 
-    def both(params: nnx.State, hidden: jax.Array, chunk: int) -> tuple[jax.Array, jax.Array]:
-        log_probs = token_log_probs(nnx.merge(GRAPH, params), hidden, targets, temperature=0.7, chunk=chunk)
+    def ours(params: nnx.State, hidden: jax.Array, chunk: int) -> tuple[jax.Array, jax.Array]:
+        log_probs = token_log_probs(nnx.merge(graph, params), hidden, jnp.asarray(targets), temperature=0.7, chunk=chunk)
         return jnp.sum(jnp.sin(log_probs)), log_probs
 
-    gradient = jax.jit(jax.value_and_grad(both, argnums=(0, 1), has_aux=True), static_argnums=2)
-    ((_, one), whole), ((_, many), parts) = gradient(PARAMS, hidden, 1024), gradient(PARAMS, hidden, 4)
-    np.testing.assert_allclose(many, one, atol=1e-6)
-    assert_close_leaves(parts[0], whole[0], 1e-5)
-    np.testing.assert_allclose(parts[1], whole[1], atol=1e-6)
+    def plain(params: nnx.State, hidden: jax.Array) -> jax.Array:
+        log_probs = jax.nn.log_softmax(nnx.merge(graph, params).logits(hidden) / 0.7, axis=-1)
+        picked = jnp.take_along_axis(log_probs, jnp.maximum(jnp.asarray(targets), 0)[..., None], axis=-1)[..., 0]
+        return jnp.sum(jnp.sin(jnp.where(jnp.asarray(targets) >= 0, picked, 0.0)))
 
-    head = tiny.thinker().lm_head
-    assert head is not None
-    logits = np.asarray(hidden, np.float64) @ np.asarray(head.kernel[...], np.float64) / 0.7
+    wanted = jax.jit(jax.grad(plain, argnums=(0, 1)))(params, hidden)
+    logits = np.asarray(hidden, np.float64) @ head / 0.7
     log_probs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-    np.testing.assert_allclose(one, np.take_along_axis(log_probs, np.asarray(targets)[..., None], -1)[..., 0], atol=1e-5)
+    log_probs = np.where(targets >= 0, np.take_along_axis(log_probs, np.maximum(targets, 0)[..., None], -1)[..., 0], 0)
+    gradient = jax.jit(jax.grad(ours, argnums=(0, 1), has_aux=True), static_argnums=2)
+    by_hidden = jax.jit(jax.grad(ours, argnums=1, has_aux=True), static_argnums=2)  # the head frozen
+    for chunk in (1024, 4):
+        grads, found = gradient(params, hidden, chunk)
+        np.testing.assert_allclose(found, log_probs, atol=1e-5)
+        assert_close_leaves(grads, wanted, 1e-5)
+        assert_close_leaves(by_hidden(params, hidden, chunk)[0], wanted[1], 1e-5)
 
 
 def test_the_language_loss_is_the_plain_formula() -> None:

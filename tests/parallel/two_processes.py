@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ import jax  # noqa: E402
 import numpy as np  # noqa: E402
 from absl import flags  # noqa: E402
 from ml_collections import ConfigDict  # noqa: E402
+from orbax.checkpoint import multihost  # noqa: E402
 
 from omnisapiens_jax.parallel.mesh import all_rows, on_mesh, put_batch, start  # noqa: E402
 
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
 def main(processes: str, stage: str, folder: Path) -> None:
     """Gradients of an SFT step, or two steps of GRPO and an evaluation; what came of it goes to `folder`."""
     start(processes)
+    if processes:
+        begin_together()
     from tests.training import world
 
     assert jax.device_count() == 8
@@ -33,6 +37,20 @@ def main(processes: str, stage: str, folder: Path) -> None:
     here = world.world(config)
     with on_mesh(here.mesh):
         {"sft": sft_gradients, "grpo": grpo}[stage](config, here, folder)
+
+
+def begin_together() -> None:
+    """Lets a program begin when both processes have compiled it.
+
+    Both compile the same programs in the same order, on a busy machine at different speeds, and gloo waits 30 seconds for its peers.
+    """
+    barrier, numbers = multihost.get_barrier_sync_fn(), itertools.count()
+
+    def compiled(event: str, _: float, **facts: str | int) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            barrier(key=f"compiled-{next(numbers)}", timeout_ms=600_000)
+
+    jax.monitoring.register_event_duration_secs_listener(compiled)
 
 
 def sft_gradients(config: ConfigDict, here: World, folder: Path) -> None:

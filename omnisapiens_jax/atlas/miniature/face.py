@@ -7,6 +7,7 @@ middle of the picture, y points down.
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -14,6 +15,8 @@ from PIL import Image, ImageDraw
 SIZE = 112  # pixels, both sides
 FPS = 10
 _DRAWN = 2 * SIZE  # drawn larger, then reduced: smooth edges
+
+Lines = dict[str, np.ndarray]  # of one face by name, each `[points, 2]`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,19 +84,19 @@ def draw_look(rng: np.random.Generator) -> Look:
 
 def animate(
     look: Look, style: str, loudness: np.ndarray, rng: np.random.Generator, *, late: bool | None = None
-) -> tuple[np.ndarray, np.ndarray]:
+) -> tuple[np.ndarray, list[Lines]]:
     """Draws one clip, its mouth driven by `loudness` `[T]` in 0..1.
 
     `style` names an expression; it rises from neutral in the first frames and stays, unless `late` is given: then it fills only the
-    second half of the clip (True) or only the first (False). Returns frames `[T, SIZE, SIZE, 3]` uint8 and landmarks
-    `[T, 478, 3]` float32 (x and y in 0..1 of the picture, z zero).
+    second half of the clip (True) or only the first (False). Returns frames `[T, SIZE, SIZE, 3]` uint8 and the lines
+    of each, from which `landmarks` are made.
     """
     count = len(loudness)
     strength = rng.uniform(0.55, 1.1)
     roll, light = rng.normal(0, 5.0), rng.uniform(0.85, 1.1)
     place, drift = rng.normal(0, 0.04, 2), rng.normal(0, 0.01, 2)
     blink = int(rng.integers(count)) if rng.random() < 0.3 else -1
-    frames, points = [], []
+    frames, drawn = [], []
     for t in range(count):
         when = (t + 0.5) / count
         amount = min(1.0, 0.5 + 0.25 * t) if late is None else float(when > 0.55 if late else when < 0.45)
@@ -107,8 +110,8 @@ def animate(
         shape = {name: line @ turn.T + offset for name, line in shape.items()}
         picture = np.asarray(_paint(look, shown, shape), np.float32) * light + rng.normal(0, 3.0, (SIZE, SIZE, 1))
         frames.append(np.clip(picture, 0, 255).astype(np.uint8))
-        points.append(_landmarks(shape))
-    return np.stack(frames), np.stack(points).astype(np.float32)
+        drawn.append(shape)
+    return np.stack(frames), drawn
 
 
 def _colour(values: np.ndarray) -> tuple[int, int, int]:
@@ -116,13 +119,17 @@ def _colour(values: np.ndarray) -> tuple[int, int, int]:
     return red, green, blue
 
 
-def _oval(x: float, y: float, rx: float, ry: float, points: int) -> np.ndarray:
+@functools.cache
+def _circle(points: int) -> np.ndarray:
     angle = np.linspace(0, 2 * np.pi, points, endpoint=False)
-    return np.stack([x + rx * np.cos(angle), y + ry * np.sin(angle)], axis=1)
+    return np.stack([np.cos(angle), np.sin(angle)], axis=1)
 
 
-def _geometry(look: Look, e: Expression) -> dict[str, np.ndarray]:
-    """The face's lines, each `[points, 2]`."""
+def _oval(x: float, y: float, rx: float, ry: float, points: int) -> np.ndarray:
+    return np.array([x, y]) + np.array([rx, ry]) * _circle(points)
+
+
+def _geometry(look: Look, e: Expression) -> Lines:
     across = np.linspace(-1, 1, 20)
     shape = {"head": _oval(0, 0.06, look.width, 0.88, 36), "crown": _oval(0, -0.02, look.width + 0.06, 0.94, 36)}
     for side, name in ((-1, "left"), (1, "right")):
@@ -149,9 +156,9 @@ def _geometry(look: Look, e: Expression) -> dict[str, np.ndarray]:
     return shape
 
 
-def _paint(look: Look, e: Expression, shape: dict[str, np.ndarray]) -> Image.Image:
+def _paint(look: Look, e: Expression, shape: Lines) -> Image.Image:
     def pixels(line: np.ndarray) -> list[tuple[float, float]]:
-        return [(float(x), float(y)) for x, y in (line + 1) * (_DRAWN / 2)]
+        return [(x, y) for x, y in ((line + 1) * (_DRAWN / 2)).tolist()]
 
     def thick(amount: float) -> int:
         return max(1, round(amount * _DRAWN / 2))
@@ -190,7 +197,12 @@ def _paint(look: Look, e: Expression, shape: dict[str, np.ndarray]) -> Image.Ima
     return image.resize((SIZE, SIZE), Image.Resampling.BOX)
 
 
-def _landmarks(shape: dict[str, np.ndarray]) -> np.ndarray:
+def landmarks(drawn: list[Lines]) -> np.ndarray:
+    """Points `[T, 478, 3]` float32 of a clip's lines: x and y in 0..1 of the picture, z zero."""
+    return np.stack([_landmarks(shape) for shape in drawn]).astype(np.float32)
+
+
+def _landmarks(shape: Lines) -> np.ndarray:
     """478 points, the counts of a face mesh: lines first, skin points between them, the ten of the irises last."""
     lines = ("head", "left_brow", "right_brow", "left_eye", "right_eye", "nose", "upper_lip", "lower_lip")
     drawn = np.concatenate([shape[name] for name in lines])
