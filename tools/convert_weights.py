@@ -254,7 +254,7 @@ def _parser() -> argparse.ArgumentParser:
     opens(command("inspect", _inspect, help, "Qwen/Qwen2.5-Omni-3B"))
     help = "compare every tensor of a checkpoint of ours with its receipt, and with the model it came from; exit status 1 if one differs"
     made = command("verify", _verify, help, "omni-7b Qwen/Qwen2.5-Omni-7B --python .venv-oracle/bin/python")
-    reference = "Hugging Face model to compare the weights with; where transformers is installed both are run on the same inputs"
+    reference = "Hugging Face model to compare the weights with; where there is transformers both are run in float32, one after the other"
     made.add_argument("reference", nargs="?", metavar="REFERENCE", help=reference)
     made.add_argument("--python", default=sys.executable, help="an interpreter that has transformers (default: this one)")
     return parser

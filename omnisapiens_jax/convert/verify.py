@@ -46,7 +46,8 @@ def verify(path: Path, reference: Path | None = None, *, python: str = sys.execu
     Args:
       path: a checkpoint of ours.
       reference: a thinker or full Omni directory. The thinker's weights (not LoRA factors, heads or adapters) are compared with it, cast to
-        the checkpoint's dtypes; where `python` has transformers, both are also run on the same random text, sound and video, in float32.
+        the checkpoint's dtypes; where `python` has transformers, both are also run on the same random text, sound and video, in float32,
+        one after the other: four bytes of memory a parameter.
       python: an interpreter, this one or that of another environment.
       progress: called after each tensor.
 

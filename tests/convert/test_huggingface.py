@@ -207,6 +207,16 @@ def test_a_broken_directory_says_what_is_wrong(tmp_path: Path) -> None:
     with pytest.raises(ConversionError, match=r"model-00002-of-00003\.safetensors is named in .* but is not there"):
         read(lost)
 
+    for index, said in (
+        ("[]", r"is no index of shards"),
+        ('{"weight_map": ["a"]}', r"is no index of shards"),
+        ('{"weight_map": {"a": "../model.safetensors"}}', r"a lies in '\.\./model\.safetensors', which is no file beside it"),
+        ('{"weight_map": {"a": 3}}', r"a lies in 3, which is no file beside it"),
+    ):
+        (lost / INDEX).write_text(index)
+        with pytest.raises(ConversionError, match=rf"index\.json.*{said}"):
+            read(lost)
+
     double = store(tmp_path / "double", tensors("uneven"), config.to_hf(), shards=2)
     shards = [double / f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
     save_file(load_file(shards[1]) | dict([next(iter(load_file(shards[0]).items()))]), shards[1], AS_TRANSFORMERS)
