@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 from speed_child import LORA_RANK, VOCAB, Case
 
-from omnisapiens_jax.convert import huggingface
+from omnisapiens_jax.convert.huggingface import save_thinker
 from omnisapiens_jax.convert.names import abstract_params
 from omnisapiens_jax.models.config import AudioConfig, TextConfig, ThinkerConfig, TokenIds, VisionConfig
 
@@ -117,13 +117,14 @@ def main() -> int:
     if not Path(oracle).exists():
         parser.error(f"no interpreter with torch and transformers at {oracle}: `make venvs` builds one")
     failed = 0
-    with tempfile.TemporaryDirectory(prefix="speed-") as folder:
-        write_weights(Path(folder))
+    with tempfile.TemporaryDirectory(prefix="speed-") as scratch:
+        folder = Path(scratch) / "model"
+        write_weights(folder)
         print(HEADER, flush=True)
         for task in ("prefill", "train", "decode"):
             wanted = {case: options.pairs for case in FLOORS if case.task == task}
             wanted |= {case: options.growth_pairs for case in GROWTH if case.task == task and options.growth_pairs}
-            for case, timing in race(oracle, Path(folder), wanted):
+            for case, timing in race(oracle, folder, wanted):
                 floor = FLOORS.get(case)
                 failed += floor is not None and statistics.median(timing.ratios("wall")) < floor
                 print(row(case, timing, "" if floor is None else f"{floor:.1f}"), flush=True)
@@ -211,7 +212,7 @@ def write_weights(folder: Path) -> None:
         for name in path[:-1]:
             place = place.setdefault(name, {})
         place[path[-1]] = array
-    huggingface.write(params, CONFIG, folder)
+    save_thinker(params, CONFIG, folder)
     text = CONFIG.text
     widths = dict.fromkeys(("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"), text.hidden_size)
     widths |= {"o_proj": text.num_heads * text.head_dim, "down_proj": text.intermediate_size}

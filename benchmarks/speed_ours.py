@@ -17,8 +17,9 @@ from flax import nnx
 from speed_child import CLIP, LEARNING_RATE, LORA_ALPHA, LORA_RANK, WEIGHT_DECAY, Case, factors, serve
 
 from omnisapiens_jax import defaults
-from omnisapiens_jax.convert import huggingface
 from omnisapiens_jax.convert.checkpoint import put_params
+from omnisapiens_jax.convert.huggingface import open_huggingface
+from omnisapiens_jax.convert.source import read_params
 from omnisapiens_jax.generation.sampling import Generator, Sampling, rollout_keys
 from omnisapiens_jax.models.layers import LORA_TARGETS, LoraConfig, LoraParam
 from omnisapiens_jax.models.thinker import Thinker, last_token
@@ -78,9 +79,9 @@ def train(folder: Path, case: Case) -> Callable[[], np.ndarray]:
 
 def load(folder: Path, lora: LoraConfig | None = None) -> Thinker:
     """The thinker of the directory; LoRA's A factors as given, B zero."""
-    imported = huggingface.read(folder)
-    thinker = nnx.eval_shape(lambda: Thinker(imported.config, rngs=nnx.Rngs(0), lora=lora))
-    put_params(thinker, imported.params)
+    source = open_huggingface(folder)
+    thinker = nnx.eval_shape(lambda: Thinker(source.config, rngs=nnx.Rngs(0), lora=lora))
+    put_params(thinker, read_params(source))
     given = factors(folder)
     for path, variable in nnx.to_flat_state(nnx.state(thinker, LoraParam)):
         first = given[str(path[-2])] if path[-1] == "lora_a" else np.zeros(variable.shape, np.float32)

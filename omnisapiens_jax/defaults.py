@@ -19,13 +19,14 @@ def base(size: str) -> ConfigDict:
     config.model = ConfigDict(
         {
             "preset": size,
-            "weights": "",  # a checkpoint directory (tools/convert_weights.py import); empty = random weights of the preset
+            "weights": "",  # a checkpoint of any kind that needs no base, or OWNER/NAME on the hub; empty = random weights of the preset
             "dtype": "float32" if mini else "bfloat16",
             "param_dtype": "float32" if mini else "bfloat16",
             "remat": "none" if mini else "full",
             "lora": {  # rank 0 = train every parameter
                 "rank": 0 if mini else 32,
                 "alpha": 64.0,
+                "stabilised": False,  # scale by alpha / sqrt(rank) (rslora) instead of alpha / rank
                 "targets": {"decoder": _DECODER, "audio": (), "vision": ()},
             },
         }

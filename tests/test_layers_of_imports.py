@@ -15,7 +15,6 @@ PACKAGE = "omnisapiens_jax"
 
 # Lowest first. Single files of the package's root are rooms too.
 ROOMS = (
-    "__init__",
     "resources",
     "defaults",
     "parallel",
@@ -30,6 +29,7 @@ ROOMS = (
     "plan",
     "predict",
     "main",
+    "__init__",  # the package's face: what it offers it imports when it is asked for
 )
 # What a room may import beyond the standard library, numpy and lower rooms; a room that is not here may import any dependency.
 LIBRARIES = {"resources": set[str](), "defaults": {"ml_collections"}, "models": {"jax", "flax"}}

@@ -18,7 +18,7 @@ REPO = Path(__file__).resolve().parents[1]
 README = (REPO / "README.md").read_text(encoding="utf-8")
 COMMANDS = [
     shlex.split(line, comments=True)
-    for block in re.findall(r"^```\w*\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    for block in re.findall(r"^```\n(.*?)^```\n", README, re.MULTILINE | re.DOTALL)
     for line in block.splitlines()
     if line.strip()
 ]

@@ -1,126 +1,324 @@
-"""Our checkpoint of a thinker: a directory with `params/` (Orbax), `config.json` (Hugging Face's spelling) and `manifest.json`."""
+"""Our checkpoint of a thinker, written and read a few rows at a time.
+
+A directory with `params/` and, where LoRA factors are kept beside the weights, `lora/` (Orbax trees); heads and adapters in
+`parts.safetensors`; `config.json` in Hugging Face's spelling; and `manifest.json`, the receipt: where every tensor came from, its shape,
+dtype and SHA-256, and what was left behind. The hash is of the values as Hugging Face orders them, so it is the same before an import, in
+the checkpoint and after an export.
+
+Kernels are stored as Zarr arrays in Fortran order: the bytes of a layer are those of the transposed tensor it came from. So an import moves
+bytes and transposes nothing, and a reader that wants a shard reads the chunks that hold it.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import json
 import math
-import os
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import flax.nnx as nnx
-import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore
 from flax import traverse_util
 
-from omnisapiens_jax.convert.huggingface import ConversionError, Params, check_params
-from omnisapiens_jax.convert.names import mappings
+from omnisapiens_jax.convert.huggingface import read_config
+from omnisapiens_jax.convert.names import Mapping as Row
+from omnisapiens_jax.convert.names import lora_mappings, mappings
+from omnisapiens_jax.convert.parts import write_parts
+from omnisapiens_jax.convert.source import Lora, Params, Progress, Source, check_one_dtype, check_params, params_source
+from omnisapiens_jax.convert.tensors import ConversionError, Tensor, as_bytes, blocks, read_finite, some
+from omnisapiens_jax.convert.unfinished import Journal, flush, whole_or_nothing
 from omnisapiens_jax.models.config import ThinkerConfig
-from omnisapiens_jax.models.layers import LoraParam
+from omnisapiens_jax.models.layers import LoraConfig, LoraParam
 from omnisapiens_jax.models.thinker import Thinker
 
 FORMAT = "omnisapiens-jax thinker"
-VERSION = 1
+VERSION = 2
+MANIFEST = "manifest.json"
+CHUNK_BYTES = 32 << 20  # of a file of the checkpoint, and what is read at once
+THREADS = 2  # one waits for the disk while the other hashes; each holds a few chunks
 
 
-@contextmanager
-def whole_or_nothing(target: str | Path) -> Iterator[Path]:
-    """A new directory to write into that becomes `target` when the block ends well and vanishes when it does not.
+def write_checkpoint(
+    source: Source, folder: Path, journal: Journal, *, dtype: np.dtype | None = None, progress: Progress | None = None
+) -> dict[str, Any]:
+    """Writes a checked source into a directory of `whole_or_nothing`, going on after what the journal has; returns the manifest.
 
-    Raises FileExistsError when `target` is there already.
+    Args:
+      source: any checkpoint.
+      folder: to write into.
+      journal: of what is done.
+      dtype: to cast the thinker to; the stored one when None. LoRA factors, heads and adapters stay as they are.
+      progress: called after each tensor.
+
+    Raises:
+      ConversionError: a tensor cannot be read, holds values that are not finite, or layers that are stacked differ in dtype.
     """
-    target = Path(target).resolve()
-    if target.exists():
-        raise FileExistsError(f"{target} exists; remove it or name another directory")
-    unfinished = target.with_name(f".{target.name}.unfinished-{os.getpid()}")
-    unfinished.mkdir(parents=True)
-    try:
-        yield unfinished
-        unfinished.rename(target)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+    rows = mappings(source.config)
+    check_one_dtype(source, rows, source.tensors, dtype)
+    if source.lora is not None:
+        check_one_dtype(source, lora_mappings(source.config, source.lora.config), source.lora.factors, None)
+    jobs = list(_jobs(folder / "params", rows, source.tensors, dtype))
+    if source.lora is not None:
+        jobs += _jobs(folder / "lora", lora_mappings(source.config, source.lora.config), source.lora.factors, None)
+    left = [job for job in jobs if job.key not in journal.done]
+    total = sum(job.nbytes for job in jobs)
+    done, counting = total - sum(job.nbytes for job in left), threading.Lock()
 
+    def run(job: _Job) -> None:
+        nonlocal done
+        record = job.run()
+        with counting:
+            journal.add(job.key, record)
+            done += job.nbytes
+            if progress:
+                progress(job.tensor.name, done, total)
 
-def save_params(target: str | Path, params: Params, config: ThinkerConfig, *, origin: Mapping[str, Any] | None = None) -> None:
-    """Makes a checkpoint, whole or not at all; `origin` is kept in its manifest to say where the parameters came from.
-
-    Raises FileExistsError when `target` is there already, ConversionError when the parameters are not those of `config`.
-    """
-    with whole_or_nothing(target) as folder:
-        write_params(folder, params, config, origin=origin)
-
-
-def write_params(folder: Path, params: Params, config: ThinkerConfig, *, origin: Mapping[str, Any] | None = None) -> None:
-    """Writes a checkpoint's files into an existing directory; as `save_params` otherwise."""
-    check_params(params, config)
-    leaves = jax.tree.leaves(params)
+    with ThreadPoolExecutor(THREADS) as pool:
+        list(pool.map(run, left))
+    records = [journal.done[job.key] for job in jobs] + write_parts(source.parts, folder)
     manifest = {
         "format": FORMAT,
         "version": VERSION,
-        "parameters": sum(math.prod(leaf.shape) for leaf in leaves),
-        "dtypes": sorted({str(leaf.dtype) for leaf in leaves}),
-        "origin": dict(origin or {}),
+        "kind": source.kind,
+        "source": str(source.path),
+        "parameters": sum(math.prod(row.shape) for row in rows),
+        "dtypes": sorted({record["dtype"] for record in records if record["tree"] == "params"}),
+        "lora": None if source.lora is None else dataclasses.asdict(source.lora.config),
+        "tensors": records,
+        "skipped": [dataclasses.asdict(skipped) for skipped in source.skipped],
     }
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as writer:
-        writer.save(folder / "params", args=ocp.args.PyTreeSave(params))
-    (folder / "config.json").write_text(json.dumps(config.to_hf(), indent=2))
-    (folder / "manifest.json").write_text(json.dumps(manifest, indent=2))
+    (folder / "config.json").write_text(json.dumps(source.config.to_hf(), indent=2))
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
+    return manifest
+
+
+@dataclasses.dataclass(frozen=True)
+class _Job:
+    """One tensor of theirs on its way to its place in an array of ours."""
+
+    tree: str
+    row: Row
+    layer: int
+    tensor: Tensor
+    dtype: np.dtype
+    store: Any
+
+    @property
+    def key(self) -> str:
+        return self.row.their_names[self.layer]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.row.their_shape) * self.dtype.itemsize
+
+    def run(self) -> dict[str, Any]:
+        digest = hashlib.sha256()
+        for start, stop in blocks(self.row.their_shape, self.dtype.itemsize, CHUNK_BYTES):
+            values = read_finite(self.tensor, start, stop, self.dtype)
+            digest.update(as_bytes(values))
+            part = self.store[self.row.place(self.layer, start, stop)]
+            try:  # the file is on disk, fsync and all, when the write is done
+                part.write(self.row.to_ours(values), can_reference_source_data_indefinitely=True).result()
+            except ValueError as reason:
+                raise OSError(f"{self.key} cannot be written: {reason}") from reason
+        return {
+            "name": self.key,
+            "stored_name": self.tensor.name,
+            "file": self.tensor.file.name,
+            "tree": self.tree,
+            "path": ".".join(self.row.ours),
+            "layer": None if self.row.layers is None else self.layer,
+            "shape": list(self.row.their_shape),
+            "dtype": str(self.dtype),
+            "sha256": digest.hexdigest(),
+        }
+
+
+def _jobs(folder: Path, rows: tuple[Row, ...], tensors: Mapping[str, Tensor], dtype: np.dtype | None) -> Iterator[_Job]:
+    chosen = {row.ours: dtype or tensors[row.their_names[0]].dtype for row in rows}
+    if not folder.exists():
+        _make_tree(folder, rows)
+    stores = [_create(folder, row, chosen[row.ours]) for row in rows]
+    flush(folder)
+    for row, store in zip(rows, stores, strict=True):
+        for layer, name in enumerate(row.their_names):
+            yield _Job(folder.name, row, layer, tensors[name], chosen[row.ours], store)
+
+
+def _make_tree(folder: Path, rows: tuple[Row, ...]) -> None:
+    """An Orbax tree whose arrays are still to be made: Orbax writes its own metadata, which do not depend on the arrays' shapes."""
+    scratch = folder.with_name(f"{folder.name}.new")
+    shutil.rmtree(scratch, ignore_errors=True)  # of a run that was killed here; Orbax makes more than one directory
+    tree = traverse_util.unflatten_dict({row.ours: np.zeros(()) for row in rows})
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False)) as writer:
+        writer.save(scratch / folder.name, args=ocp.args.PyTreeSave(tree))
+    for row in rows:
+        shutil.rmtree(scratch / folder.name / ".".join(row.ours))
+    (scratch / folder.name).rename(folder)
+    scratch.rmdir()
+
+
+def _create(folder: Path, row: Row, dtype: np.dtype) -> Any:
+    stacked = row.layers is not None
+    chunk = next(blocks(row.their_shape, dtype.itemsize, CHUNK_BYTES))[1]
+    within = row.shape[1:] if stacked else row.shape
+    chunks = (chunk, *within[1:]) if row.layout == "same" else (*within[:-1], chunk)
+    spec = _spec(folder, row.ours) | {
+        "metadata": {
+            "shape": row.shape,
+            "chunks": (1, *chunks) if stacked else chunks,
+            "dtype": "bfloat16" if dtype == ml_dtypes.bfloat16 else dtype.str,
+            "order": "C" if row.layout == "same" else "F",
+            "compressor": None,
+            "fill_value": None,
+            "dimension_separator": ".",
+        }
+    }
+    return tensorstore.open(spec, create=True, open=True).result()
+
+
+def _spec(folder: Path, path: tuple[str, ...]) -> dict[str, Any]:
+    return {
+        "driver": "zarr",
+        "kvstore": {"driver": "file", "path": f"{folder.resolve() / '.'.join(path)}/"},
+        # A file that is missing is then an error when it is read, and not a piece of zeros.
+        "store_data_equal_to_fill_value": True,
+        "fill_missing_data_reads": False,
+    }
+
+
+def save_params(target: str | Path, params: Params, config: ThinkerConfig) -> None:
+    """Makes a checkpoint of parameters in memory, whole or not at all.
+
+    Raises FileExistsError when `target` is there already, ConversionError when the parameters are not those of `config`.
+    """
+    source = params_source(params, config)
+    with whole_or_nothing(target, None) as (folder, journal):
+        write_checkpoint(source, folder, journal)
+
+
+def load_manifest(source: str | Path) -> dict[str, Any]:
+    """The receipt of a checkpoint of ours. Raises ConversionError when there is none, or of another version."""
+    manifest = Path(source) / MANIFEST
+    if not manifest.is_file():
+        raise ConversionError(f"{source} is no checkpoint of ours (no {MANIFEST}); tools/convert_weights.py import {source} DIR makes one")
+    try:
+        described = json.loads(manifest.read_text())
+        found = described["format"], described["version"]
+    except (ValueError, TypeError, KeyError, RecursionError) as reason:
+        raise ConversionError(f"{manifest} is broken ({reason!r}); import the checkpoint again") from reason
+    if found != (FORMAT, VERSION):
+        raise ConversionError(f"{manifest} is {found[0]!r} version {found[1]!r}, not {FORMAT!r} {VERSION}; import the checkpoint again")
+    return described
 
 
 def load_config(source: str | Path) -> ThinkerConfig:
     """The model's shapes, from a checkpoint of ours."""
-    source = Path(source)
-    manifest = source / "manifest.json"
-    if not manifest.is_file():
-        raise ConversionError(
-            f"{source} is no checkpoint of ours (no manifest.json). A Hugging Face directory is first imported: "
-            f"python tools/convert_weights.py import {source} NEW_DIRECTORY"
-        )
-    described = json.loads(manifest.read_text())
-    if (described.get("format"), described.get("version")) != (FORMAT, VERSION):
-        raise ConversionError(
-            f"{manifest}: format {described.get('format')!r} version {described.get('version')!r}, expected {FORMAT!r} {VERSION}"
-        )
-    return ThinkerConfig.from_hf(source)
+    load_manifest(source)
+    return read_config(Path(source))
 
 
-def load_params(source: str | Path, *, target: Any = None) -> Params:
-    """Reads the parameters of a checkpoint.
+def load_lora_config(source: str | Path) -> LoraConfig | None:
+    """The LoRA that lies beside the weights of a checkpoint of ours, if any."""
+    described = load_manifest(source)["lora"]
+    return described and LoraConfig(**described | {"targets": {tower: tuple(names) for tower, names in described["targets"].items()}})
 
-    Args:
-      source: the checkpoint's directory.
-      target: a nested dict of `jax.ShapeDtypeStruct` that says in which dtype and sharding each array is wanted (every shard is then read
-        only where it lives); numpy arrays as stored when None.
+
+def file_layout(source: Path) -> dict[str, str] | None:
+    """The file that every tensor of a checkpoint of ours came from, if from files of a thinker alone: an export can give them again."""
+    if not (source / MANIFEST).is_file():
+        return None
+    manifest = load_manifest(source)
+    files = {record["name"]: record["file"] for record in manifest["tensors"] if record["tree"] == "params"}
+    return files if not manifest["skipped"] and all(file.endswith(".safetensors") for file in files.values()) else None
+
+
+def open_checkpoint(path: str | Path) -> Source:
+    """A checkpoint of ours as a source: tensors by Hugging Face's names, read from the arrays that hold them."""
+    path = Path(path)
+    manifest, config, lora = load_manifest(path), load_config(path), load_lora_config(path)
+    tensors = stored_tensors(mappings(config), path / "params", lambda place: _spec(path / "params", place))
+    rows = () if lora is None else lora_mappings(config, lora)
+    factors = lora and Lora(lora, stored_tensors(rows, path / "lora", lambda place: _spec(path / "lora", place)))
+    return Source(path, f"a checkpoint of ours, from {manifest['kind']}", config, tensors, factors, {}, (), path)
+
+
+@dataclasses.dataclass(frozen=True)
+class _OurTensor:
+    """One of their tensors, read from the array of ours that holds it."""
+
+    name: str
+    file: Path
+    row: Row
+    layer: int
+    store: Any
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.store.dtype.numpy_dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.row.their_shape
+
+    def read(self, start: int = 0, stop: int | None = None) -> np.ndarray:
+        start, stop, _ = slice(start, stop).indices(self.shape[0])
+        values = self.store[self.row.place(self.layer, start, stop)]
+        turned = self.row.layout in ("linear", "conv3d")  # before it is read: then the stored bytes are copied, not turned
+        try:
+            read = (values.transpose([1, 0]) if turned else values).read().result()
+        except ValueError as reason:
+            raise ConversionError(f"{self.file}: {self.name} cannot be read ({reason})") from reason
+        return read.reshape(-1, *self.shape[1:]) if turned else np.ascontiguousarray(self.row.to_theirs(read))
+
+
+def stored_tensors(rows: tuple[Row, ...], file: Path, spec: Callable[[tuple[str, ...]], dict[str, Any]]) -> dict[str, Tensor]:
+    """Their tensors of some rows of the table, read from the arrays of ours that `spec` names for TensorStore by their paths.
+
+    Raises:
+      ConversionError: an array is not there, or misshapen; names it and `file`.
     """
-    config = load_config(source)
-    folder = Path(source).resolve() / "params"
-    if target is None:
-        flat = {row.ours: ocp.RestoreArgs(restore_type=np.ndarray) for row in mappings(config)}
-        item = {row.ours: np.zeros((), np.float32) for row in mappings(config)}
-        arguments = ocp.args.PyTreeRestore(traverse_util.unflatten_dict(item), restore_args=traverse_util.unflatten_dict(flat))
-    else:
-        arguments = ocp.args.PyTreeRestore(target, restore_args=ocp.checkpoint_utils.construct_restore_args(target))
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-        params = reader.restore(folder, args=arguments)
-    check_params(params, config)
-    return params
+    found: dict[str, Tensor] = {}
+    for row in rows:
+        name = ".".join(row.ours)
+        try:
+            store = tensorstore.open(spec(row.ours), open=True, read=True).result()
+        except ValueError as reason:
+            raise ConversionError(f"{file}: {name} is missing or broken ({reason})") from reason
+        if store.shape != row.shape:
+            raise ConversionError(f"{file}: {name} has shape {store.shape}, the config says {row.shape}")
+        found |= {theirs: _OurTensor(theirs, file, row, layer, store) for layer, theirs in enumerate(row.their_names)}
+    return found
 
 
-def put_params(thinker: Thinker, params: Params) -> None:
-    """Fills the parameters of `thinker`, cast to its own `param_dtype`. LoRA factors, which no checkpoint of a thinker has, are left alone.
+def put_params(thinker: Thinker, params: Params, lora: Params | None = None) -> None:
+    """Fills the parameters of `thinker`, cast to its own dtypes; its LoRA factors are left alone where `lora` is None.
 
     Raises ConversionError that names what does not fit.
     """
     check_params(params, thinker.config)
-    variables = nnx.to_flat_state(nnx.state(thinker, nnx.All(nnx.Param, nnx.Not(LoraParam))))
+    _put(nnx.state(thinker, nnx.All(nnx.Param, nnx.Not(LoraParam))), params)
+    if lora is not None:
+        _put(nnx.state(thinker, LoraParam), lora)
+
+
+def _put(state: nnx.State, params: Params) -> None:
     flat = traverse_util.flatten_dict(params)
-    for path, variable in variables:
-        variable.set_value(jnp.asarray(flat[tuple(map(str, path))], variable.get_value().dtype))
+    places = {tuple(map(str, path)): variable for path, variable in nnx.to_flat_state(state)}
+    if wrong := [".".join(path) for path in sorted(places.keys() ^ flat.keys())]:
+        raise ConversionError(f"the model and the checkpoint differ in {some(wrong)}")
+    for path, variable in places.items():
+        variable.set_value(jnp.asarray(flat[path], variable.get_value().dtype))
 
 
 def take_params(thinker: Thinker) -> Params:

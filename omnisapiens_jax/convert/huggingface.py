@@ -1,31 +1,41 @@
-"""Reading and writing a Hugging Face thinker directory: `config.json` beside one `model.safetensors` or an index of shards."""
+"""Hugging Face directories in and out: `config.json` beside one file of weights or an index of shards."""
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
-import ml_dtypes
 import numpy as np
-from flax import traverse_util
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
-from omnisapiens_jax.convert.names import Mapping, mappings
+from omnisapiens_jax.convert.names import mappings
+from omnisapiens_jax.convert.parts import write_released
+from omnisapiens_jax.convert.source import Params, Progress, Skipped, Source, params_source
+from omnisapiens_jax.convert.tensors import (
+    ConversionError,
+    SafetensorsWriter,
+    Tensor,
+    as_bytes,
+    blocks,
+    nbytes,
+    read_finite,
+    read_safetensors,
+    some,
+)
+from omnisapiens_jax.convert.unfinished import Journal, flush, whole_or_nothing
 from omnisapiens_jax.models.config import ThinkerConfig
 
-Params = dict[str, Any]  # nested dict of arrays, the pure state of `models.thinker.Thinker`
-Progress = Callable[[str, int, int], None]  # what is being done, how many tensors are done, of how many
-
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+RECEIPT = "conversion_manifest.json"
 PREFIX = "thinker."
 COMPANIONS = (  # what stands beside the weights and must stay with them: vocabulary, prompt, settings of the processor and of generation
     "tokenizer.json",
+    "tokenizer.model",
     "tokenizer_config.json",
     "vocab.json",
     "merges.txt",
@@ -34,202 +44,220 @@ COMPANIONS = (  # what stands beside the weights and must stay with them: vocabu
     "chat_template.json",
     "chat_template.jinja",
     "preprocessor_config.json",
+    "processor_config.json",
     "generation_config.json",
+    "label_scheme.json",
 )
-IGNORED_PARTS = ("talker.", "token2wav.")  # the speech side of a full Omni checkpoint
-_SHOWN = 20  # names an error lists of each kind
+SPEECH = ("talker.", "token2wav.")  # the parts of a full Omni checkpoint that speak
+SHARD_BYTES = 5_000_000_000
+_READ_BYTES = 32 << 20
+_AHEAD = 3  # blocks that are read while one is written
 
 
-class ConversionError(ValueError):
-    """A checkpoint that is not what it should be; the message names the file and the tensors."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Imported:
-    """A thinker read from a directory: its config, its parameters, and how many tensors of each ignored part were left behind."""
-
-    config: ThinkerConfig
-    params: Params
-    skipped: dict[str, int]
-
-
-class Directory:
-    """The thinker's tensors in a directory by their thinker-only names, whatever file they are in; each is read when asked for."""
-
-    def __init__(self, path: str | Path):
-        """Reads `config.json` and the names, not the tensors."""
-        self.path = Path(path)
-        self._handles: dict[Path, Any] = {}
-        if not self.path.is_dir():
-            raise ConversionError(f"{self.path} is not a directory. It must hold config.json and {SINGLE} or {INDEX}")
-        if not (self.path / "config.json").is_file():
-            raise ConversionError(f"{self.path} has no config.json")
-        files = self._files()
-        prefixed = any(name.startswith(PREFIX) for name in files)
-        self._stored: dict[str, tuple[Path, str]] = {}  # thinker-only name -> file, name in the file
-        skipped: Counter[str] = Counter()
-        for name, file in files.items():
-            part = next((part for part in IGNORED_PARTS if name.startswith(part)), None)
-            if part:
-                skipped[part.rstrip(".")] += 1
-            else:
-                # In a prefixed checkpoint a name without the prefix is none of the thinker's, so it keeps a form no row of the table has.
-                bare = name.removeprefix(PREFIX) if name.startswith(PREFIX) or not prefixed else f"(no {PREFIX}) {name}"
-                self._stored[bare] = (file, name)
-        self.skipped = dict(skipped)
-        self.config = ThinkerConfig.from_hf(self.path, tie_head="lm_head.weight" not in self._stored)
-
-    def _files(self) -> dict[str, Path]:
-        """File of every tensor, by its name in the file."""
-        if (self.path / INDEX).is_file():
-            listed = {name: self.path / file for name, file in json.loads((self.path / INDEX).read_text())["weight_map"].items()}
-            stored = {name: file for file in sorted(set(listed.values())) for name in self._handle(file).keys()}  # noqa: SIM118 (a handle, not a dict)
-            if wrong := sorted(set(listed.items()) ^ set(stored.items())):
-                raise ConversionError(f"{self.path / INDEX} and its shards disagree about {_some(name for name, _ in wrong)}")
-            return stored
-        if (self.path / SINGLE).is_file():
-            return dict.fromkeys(self._handle(self.path / SINGLE).keys(), self.path / SINGLE)
-        raise ConversionError(
-            f"{self.path} has neither {SINGLE} nor {INDEX}; it holds {_some(sorted(p.name for p in self.path.iterdir()))}"
-        )
-
-    def _handle(self, file: Path) -> Any:
-        try:
-            if file not in self._handles:
-                self._handles[file] = safe_open(file, framework="numpy")
-            return self._handles[file]
-        except FileNotFoundError as reason:
-            raise ConversionError(f"{file} is named in {INDEX} but is not there") from reason
-        except SafetensorError as reason:
-            raise ConversionError(f"{file} cannot be read; is it truncated or not a safetensors file? ({reason})") from reason
-
-    def check(self) -> None:
-        """Compares names and shapes with the table; raises ConversionError that lists all that is unknown, missing or misshapen."""
-        wanted = {name: row.their_shape for row in mappings(self.config) for name in row.their_names}
-        unknown = sorted(self._stored[name][1] for name in self._stored.keys() - wanted.keys())
-        missing = sorted(wanted.keys() - self._stored.keys())
-        misshapen = [
-            f"{name} {shape} instead of {wanted[name]}"
-            for name in sorted(self._stored.keys() & wanted.keys())
-            if (shape := self.shape(name)) != wanted[name]
-        ]
-        problems = [
-            f"{len(names)} {kind}: {_some(names)}"
-            for kind, names in (("unknown", unknown), ("missing", missing), ("misshapen", misshapen))
-            if names
-        ]
-        if problems:
-            raise ConversionError(f"the tensors in {self.path} are not those its config.json describes.\n  " + "\n  ".join(problems))
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a tensor, read from its file's header."""
-        file, stored = self._stored[name]
-        return tuple(self._handle(file).get_slice(stored).get_shape())
-
-    def tensor(self, name: str) -> np.ndarray:
-        """A tensor in the dtype it is stored in (bfloat16 as ml_dtypes')."""
-        file, stored = self._stored[name]
-        return self._handle(file).get_tensor(stored)
-
-
-def read(source: str | Path, *, dtype: Any = None, progress: Progress | None = None) -> Imported:
-    """Reads a thinker directory into our layout.
-
-    Full Omni checkpoints (names that begin with `thinker.`) and thinker-only ones are told apart by their names.
-
-    Args:
-      source: the directory.
-      dtype: to cast to; the stored one when None.
-      progress: called before each tensor.
+def open_huggingface(path: str | Path) -> Source:
+    """A thinker directory, or that of a full Omni model, whose speech side is left behind; they are told apart by their names.
 
     Raises:
-      ConversionError: a name is unknown, missing or misshapen, or a file cannot be read.
+      ConversionError: a file is missing or broken, or the index and the shards disagree.
     """
-    directory = Directory(source)
-    directory.check()
-    flat = dict(stream(directory, dtype=dtype, progress=progress))
-    return Imported(directory.config, traverse_util.unflatten_dict(flat), directory.skipped)
+    path = Path(path)
+    read_config(path)  # what is no model at all is told first
+    stored = stored_tensors(path)
+    prefixed = any(name.startswith(PREFIX) for name in stored)
+    tensors: dict[str, Tensor] = {}
+    skipped = []
+    for name, tensor in stored.items():
+        if name.startswith(SPEECH):
+            skipped.append(Skipped(name, tensor.file.name, "the speech side of a full Omni model"))
+        else:
+            # In a prefixed checkpoint a name without the prefix is none of the thinker's, so it keeps a form no row of the table has.
+            bare = name.removeprefix(PREFIX) if name.startswith(PREFIX) or not prefixed else f"(no {PREFIX}) {name}"
+            tensors[bare] = tensor
+    config = read_config(path, tie_head="lm_head.weight" not in tensors)
+    kind = "a full Omni model of Hugging Face" if prefixed else "a thinker of Hugging Face"
+    return Source(path, kind, config, tensors, None, {}, tuple(skipped), path)
 
 
-def stream(directory: Directory, *, dtype: Any = None, progress: Progress | None = None) -> Iterator[tuple[tuple[str, ...], np.ndarray]]:
-    """Our arrays one by one as (path, array), so that a caller may place each before the next is read."""
-    rows = mappings(directory.config)
-    done, total = 0, sum(len(row.their_names) for row in rows)
-    for row in rows:
-        array = None
-        for layer, name in enumerate(row.their_names):
-            if progress:
-                progress(name, done, total)
-            tensor = row.to_ours(directory.tensor(name))
-            if array is None:
-                array = np.empty(row.shape, dtype or tensor.dtype)
-            elif dtype is None and tensor.dtype != array.dtype:
-                raise ConversionError(
-                    f"{directory.path}: {name} is {tensor.dtype}, the layers before it {array.dtype}; name one dtype for all"
-                )
-            array[... if row.layers is None else layer] = tensor
-            done += 1
-        assert array is not None  # a model has at least one layer
-        yield row.ours, array
+def read_config(path: Path, *, tie_head: bool | None = None) -> ThinkerConfig:
+    """The shapes that a directory's `config.json` says. Raises ConversionError when it is missing or not a thinker's."""
+    if not path.is_dir():
+        raise ConversionError(f"{path} is not a directory. It must hold config.json and {SINGLE} or {INDEX}")
+    if not (path / "config.json").is_file():
+        raise ConversionError(f"{path} has no config.json")
+    try:
+        return ThinkerConfig.from_hf(path, tie_head=tie_head)
+    except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as reason:
+        raise ConversionError(f"{path / 'config.json'} does not describe a thinker ({reason})") from reason
 
 
-def write(
-    params: Params, config: ThinkerConfig, target: Path, *, shard_bytes: int = 5_000_000_000, progress: Progress | None = None
+def stored_tensors(path: Path) -> dict[str, Tensor]:
+    """Every tensor of a directory by its name in the files: those of `model.safetensors`, or of all shards of the index."""
+    if not path.is_dir():
+        raise ConversionError(f"{path} is not a directory. It must hold config.json and {SINGLE} or {INDEX}")
+    if (path / SINGLE).is_file():  # where both are there, transformers reads this one too
+        return dict(read_safetensors(path / SINGLE))
+    if not (path / INDEX).is_file():
+        raise ConversionError(f"{path} has neither {SINGLE} nor {INDEX}; it holds {some(sorted(p.name for p in path.iterdir()))}")
+    listed = _index(path / INDEX)
+    stored: dict[str, Tensor] = {}
+    for file in sorted(set(listed.values())):
+        if not (path / file).is_file():
+            raise ConversionError(f"{path / file} is named in {INDEX} but is not there")
+        for name, tensor in read_safetensors(path / file).items():
+            if name in stored:
+                raise ConversionError(f"{name} is given twice: in {stored[name].file} and in {path / file}")
+            stored[name] = tensor
+    if wrong := sorted(listed.items() ^ {(name, tensor.file.name) for name, tensor in stored.items()}):
+        raise ConversionError(f"{path / INDEX} and its shards disagree about {some(sorted({name for name, _ in wrong}))}")
+    return stored
+
+
+def _index(path: Path) -> dict[str, str]:
+    try:
+        listed = json.loads(path.read_text())["weight_map"].items()
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as reason:
+        raise ConversionError(f"{path} is no index of shards ({reason!r})") from reason
+    for name, file in listed:
+        if not isinstance(file, str) or Path(file).name != file or not file:
+            raise ConversionError(f"{path}: {name} lies in {file!r}, which is no file beside it")
+    return dict(listed)
+
+
+def write_thinker(
+    source: Source,
+    folder: Path,
+    journal: Journal,
+    *,
+    shard_bytes: int = SHARD_BYTES,
+    layout: Mapping[str, str] | None = None,
+    progress: Progress | None = None,
 ) -> None:
     """Writes a thinker-only directory that transformers reads: `config.json`, and the tensors in one file or in shards with an index.
 
+    Heads and adapters go beside them as they are released, and a receipt.
+
     Args:
-      params: as `read` gives them.
-      config: of the model.
-      target: an existing directory.
-      shard_bytes: largest size of one file.
-      progress: called before each tensor.
+      source: checked, without LoRA factors.
+      folder: of `whole_or_nothing`.
+      journal: of the files that are done.
+      shard_bytes: largest size of one file (but a tensor is never divided).
+      layout: file of every tensor, to give files like those the tensors came from; divided by `shard_bytes` when None.
+      progress: called after each tensor.
     """
-    flat: dict[tuple[str, ...], Any] = traverse_util.flatten_dict(params)
-    rows = mappings(config)
-    check_params(params, config)
-    names = [(row, layer, name) for row in rows for layer, name in enumerate(row.their_names)]
-    sizes = {name: _layer(flat[row.ours], row, layer).nbytes for row, layer, name in names}
-    shards: list[list[tuple[Mapping, int, str]]] = [[]]
+    names = [name for row in mappings(source.config) for name in row.their_names]
+    layout = layout or _divide({name: source.tensors[name] for name in names}, shard_bytes)
+    write_files(source, {name: (layout[name], source.tensors[name]) for name in names}, folder, journal, progress)
+    _write_index(folder, layout, source.tensors.values())
+    described = source.config.to_hf()
+    stored = sorted({str(tensor.dtype) for tensor in source.tensors.values()})
+    (folder / "config.json").write_text(json.dumps(described | ({"torch_dtype": stored[0]} if len(stored) == 1 else {}), indent=2))
+
+
+def write_omni(source: Source, base: Path, folder: Path, journal: Journal, *, progress: Progress | None = None) -> None:
+    """Writes a full Omni directory: the files of `base` with the thinker's tensors replaced, in the source's dtypes; likewise a receipt.
+
+    Raises:
+      ConversionError: `base` is no full Omni directory, or its thinker has other names or another config than the source's.
+    """
+    stored = stored_tensors(base)
+    theirs = {name.removeprefix(PREFIX) for name in stored if name.startswith(PREFIX)}
+    if not theirs:
+        raise ConversionError(f"{base} is no full Omni model: no tensor's name begins with {PREFIX}")
+    if wrong := sorted(theirs ^ source.tensors.keys()):
+        raise ConversionError(f"the thinkers of {base} and {source.path} differ in {some(wrong)}")
+    if read_config(base, tie_head="lm_head.weight" not in theirs) != source.config:
+        raise ConversionError(f"{base / 'config.json'} does not describe the thinker of {source.path}: it is of another model")
+    chosen = {
+        name: (tensor.file.name, source.tensors[name.removeprefix(PREFIX)] if name.startswith(PREFIX) else tensor)
+        for name, tensor in stored.items()
+    }
+    write_files(source, chosen, folder, journal, progress)
+    _write_index(folder, {name: file for name, (file, _) in chosen.items()}, (tensor for _, tensor in chosen.values()))
+    for file in base.iterdir():  # the config, and what the speech side needs beside its weights
+        if file.is_file() and file.suffix != ".safetensors" and not (folder / file.name).exists():
+            shutil.copyfile(file, folder / file.name)
+
+
+def _divide(tensors: Mapping[str, Tensor], most: int) -> dict[str, str]:
+    shards: list[list[str]] = [[]]
     filled = 0
-    for entry in names:
-        size = sizes[entry[2]]
-        if shards[-1] and filled + size > shard_bytes:
+    for name, tensor in tensors.items():
+        size = nbytes([tensor])
+        if shards[-1] and filled + size > most:
             shards.append([])
             filled = 0
-        shards[-1].append(entry)
+        shards[-1].append(name)
         filled += size
-    where: dict[str, str] = {}
-    for number, shard in enumerate(shards, 1):
-        file = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        tensors = {}
-        for row, layer, name in shard:
-            if progress:
-                progress(name, len(where), len(names))
-            tensors[name] = np.ascontiguousarray(row.to_theirs(np.asarray(_layer(flat[row.ours], row, layer))))
-            where[name] = file
-        save_file(tensors, target / file, metadata={"format": "pt"})
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": where}
-        (target / INDEX).write_text(json.dumps(index, indent=2))
-    stored = sorted({str(flat[row.ours].dtype) for row in rows})
-    described = config.to_hf() | ({"torch_dtype": stored[0]} if len(stored) == 1 else {})
-    (target / "config.json").write_text(json.dumps(described, indent=2))
+    if len(shards) == 1:
+        return dict.fromkeys(tensors, SINGLE)
+    return {name: f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number, shard in enumerate(shards, 1) for name in shard}
 
 
-def check_params(params: Params, config: ThinkerConfig) -> None:
-    """Raises ConversionError, listing the paths, unless `params` has exactly the arrays of a model of `config`."""
-    flat: dict[tuple[str, ...], Any] = traverse_util.flatten_dict(params)
-    wanted = {row.ours: row.shape for row in mappings(config)}
-    problems = [f"unknown {'.'.join(map(str, path))}" for path in sorted(flat.keys() - wanted.keys(), key=str)]
-    problems += [f"missing {'.'.join(path)}" for path in sorted(wanted.keys() - flat.keys())]
-    problems += [
-        f"misshapen {'.'.join(path)} {tuple(flat[path].shape)} instead of {shape}"
-        for path, shape in wanted.items()
-        if path in flat and tuple(flat[path].shape) != shape
-    ]
-    if problems:
-        raise ConversionError(f"these are not the parameters of the model that the config describes: {_some(problems)}")
+def write_files(
+    source: Source,
+    tensors: Mapping[str, tuple[str, Tensor]],
+    folder: Path,
+    journal: Journal,
+    progress: Progress | None,
+) -> None:
+    """Writes tensors `name -> (file, tensor)`, the source's heads and adapters, and the receipt of all.
+
+    A file that the journal has is there already.
+    """
+    files: dict[str, dict[str, Tensor]] = {}
+    for name, (file, tensor) in tensors.items():
+        files.setdefault(file, {})[name] = tensor
+    total = nbytes(tensor for _, tensor in tensors.values())
+    done = sum(nbytes(chosen.values()) for file, chosen in files.items() if file in journal.done)
+    with ThreadPoolExecutor(1) as pool:
+        for file, chosen in files.items():
+            if file in journal.done:
+                continue
+            records = []
+            shapes = {name: (tensor.dtype, tensor.shape) for name, tensor in chosen.items()}
+            with SafetensorsWriter(folder / file, shapes, {"format": "pt"}) as writer:
+                reads = _reads(pool, [chosen[name] for name in writer.order])
+                for name in writer.order:
+                    tensor, digest = chosen[name], hashlib.sha256()
+                    for _ in blocks(tensor.shape, tensor.dtype.itemsize, _READ_BYTES):
+                        values = next(reads)
+                        digest.update(as_bytes(values))
+                        writer.write(values)
+                    record = {"name": name, "file": file, "source": str(tensor.file), "stored_name": tensor.name}
+                    records.append(record | {"shape": list(tensor.shape), "dtype": str(tensor.dtype), "sha256": digest.hexdigest()})
+                    done += nbytes([tensor])
+                    if progress:
+                        progress(name, done, total)
+            flush(folder)
+            journal.add(file, records)
+    written = [record for file in files for record in journal.done[file]] + write_released(source.parts, folder)
+    skipped = [dataclasses.asdict(skipped) for skipped in source.skipped]
+    receipt = {"kind": source.kind, "source": str(source.path), "tensors": written, "skipped": skipped}
+    (folder / RECEIPT).write_text(json.dumps(receipt, indent=1))
+
+
+def _write_index(folder: Path, files: Mapping[str, str], tensors: Iterable[Tensor]) -> None:
+    if set(files.values()) != {SINGLE}:
+        index = {"metadata": {"total_size": nbytes(tensors)}, "weight_map": dict(sorted(files.items()))}
+        (folder / INDEX).write_text(json.dumps(index, indent=2))
+
+
+def _reads(pool: ThreadPoolExecutor, tensors: Sequence[Tensor]) -> Iterator[np.ndarray]:
+    """The blocks of all tensors one after the other, a few of them read ahead."""
+    waiting: list[Future[np.ndarray]] = []
+    for tensor in tensors:
+        for start, stop in blocks(tensor.shape, tensor.dtype.itemsize, _READ_BYTES):
+            waiting.append(pool.submit(read_finite, tensor, start, stop, tensor.dtype))
+            if len(waiting) > _AHEAD:
+                yield waiting.pop(0).result()
+    while waiting:
+        yield waiting.pop(0).result()
+
+
+def save_thinker(params: Params, config: ThinkerConfig, target: str | Path) -> None:
+    """Makes a thinker-only directory of parameters in memory, whole or not at all."""
+    with whole_or_nothing(target, None) as (folder, journal):
+        write_thinker(params_source(params, config), folder, journal)
 
 
 def copy_companions(source: Path, target: Path) -> list[str]:
@@ -240,18 +268,6 @@ def copy_companions(source: Path, target: Path) -> list[str]:
     return found
 
 
-def parse_dtype(name: str) -> np.dtype:
-    """`float32`, `float16` or `bfloat16` as a numpy dtype."""
-    known = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
-    if name not in known:
-        raise ValueError(f"unknown dtype {name!r}; known: {', '.join(known)}")
-    return known[name]
-
-
-def _layer(array: Any, row: Mapping, layer: int) -> Any:
-    return array if row.layers is None else array[layer]
-
-
-def _some(names: Any) -> str:
-    listed = list(names)
-    return ", ".join(listed[:_SHOWN]) + (f" and {len(listed) - _SHOWN} more" if len(listed) > _SHOWN else "")
+def skipped_parts(source: Source) -> dict[str, int]:
+    """How many tensors of each part are left behind."""
+    return dict(Counter(skipped.name.split(".")[0] for skipped in source.skipped))

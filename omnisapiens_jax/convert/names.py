@@ -18,7 +18,7 @@ import jax
 import numpy as np
 
 from omnisapiens_jax.models.config import ThinkerConfig
-from omnisapiens_jax.models.layers import LoraParam
+from omnisapiens_jax.models.layers import LoraConfig, LoraParam
 from omnisapiens_jax.models.thinker import Thinker
 
 Path = tuple[str, ...]
@@ -96,8 +96,14 @@ class Mapping:
         """Every tensor of theirs that this row stands for, in layer order."""
         return (self.theirs,) if self.layers is None else tuple(self.theirs.format(layer) for layer in range(self.layers))
 
+    def place(self, layer: int, start: int, stop: int) -> tuple[int | slice, ...]:
+        """Where in our array the rows `start` to `stop` (of the first axis) of their tensor of that layer lie."""
+        rows = slice(start, stop)
+        within = (rows,) if self.layout == "same" else (slice(None), rows)
+        return within if self.layers is None else (layer, *within)
+
     def to_ours(self, tensor: np.ndarray) -> np.ndarray:
-        """One of their tensors `their_shape` in our axes; a view where possible."""
+        """One of their tensors `their_shape`, or some rows of it, in our axes; a view where possible."""
         match self.layout:
             case "same":
                 return tensor
@@ -109,7 +115,7 @@ class Mapping:
                 return tensor.reshape(tensor.shape[0], -1).T
 
     def to_theirs(self, array: np.ndarray) -> np.ndarray:
-        """One layer of our array in their axes, `their_shape`; inverse of `to_ours`."""
+        """One layer of our array, or what lies at a `place` in it, in their axes; inverse of `to_ours`."""
         match self.layout:
             case "same":
                 return array
@@ -118,7 +124,7 @@ class Mapping:
             case "conv1d":
                 return array.reshape(3, -1, array.shape[-1]).transpose(2, 1, 0)
             case "conv3d":
-                return array.T.reshape(self.their_shape)
+                return array.T.reshape(-1, *self.their_shape[1:])
 
 
 @functools.cache
@@ -134,6 +140,19 @@ def mappings(config: ThinkerConfig) -> tuple[Mapping, ...]:
         found.append(Mapping(theirs, ours, layout, shape, _their_shape(layout, shape if layers is None else shape[1:], config), layers))
     if shapes:
         raise AssertionError(f"parameters without a row in the name table: {sorted('.'.join(path) for path in shapes)}")
+    return tuple(found)
+
+
+def lora_mappings(config: ThinkerConfig, lora: LoraConfig) -> tuple[Mapping, ...]:
+    """The rows of the LoRA factors on the projections of `lora`: PEFT's `lora_A.weight` [r, in] and `lora_B.weight` [out, r]."""
+    found = []
+    for row in mappings(config):
+        if row.layout == "linear" and row.ours[-2] in lora.targets.get(row.ours[0], ()):
+            module, path = row.theirs.removesuffix(".weight"), row.ours[:-1]
+            (out, into), stack = row.their_shape, row.shape[:-2]
+            factors = (("lora_A", "lora_a", (lora.rank, into)), ("lora_B", "lora_b", (out, lora.rank)))
+            for theirs, ours, shape in factors:
+                found.append(Mapping(f"{module}.{theirs}.weight", (*path, ours), "linear", (*stack, *shape[::-1]), shape, row.layers))
     return tuple(found)
 
 

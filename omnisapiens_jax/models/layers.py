@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -38,12 +39,14 @@ class LoraParam(nnx.Param):
 class LoraConfig:
     """Low-rank adapters on projections named by tower (`decoder`, `audio`, `vision`), never by bare suffix.
 
-    `W' = W + scale * A B` with `scale = alpha / rank` (Hu et al. 2021, section 4.1).
+    `W' = W + scale * A B` with `scale = alpha / rank` (Hu et al. 2021, section 4.1), or `alpha / sqrt(rank)` when rank-stabilised
+    (Kalajdzievski 2023).
     """
 
     rank: int
     alpha: float
     targets: Mapping[str, tuple[str, ...]]
+    stabilised: bool = False
 
     def __post_init__(self) -> None:
         for tower, names in self.targets.items():
@@ -51,11 +54,16 @@ class LoraConfig:
                 raise ValueError(f"LoRA scope {tower!r} is not a tower; known: {', '.join(LORA_TARGETS)}")
             if unknown := set(names) - set(LORA_TARGETS[tower]):
                 raise ValueError(f"the {tower} has no projection {sorted(unknown)}; known: {', '.join(LORA_TARGETS[tower])}")
+        # In one order, without empty scopes: two configs that mean the same are equal.
+        scopes = {
+            tower: tuple(n for n in LORA_TARGETS[tower] if n in self.targets[tower]) for tower in LORA_TARGETS if self.targets.get(tower)
+        }
+        object.__setattr__(self, "targets", scopes)
 
     @property
     def scale(self) -> float:
         """The factor on the low-rank product."""
-        return self.alpha / self.rank
+        return self.alpha / (math.sqrt(self.rank) if self.stabilised else self.rank)
 
 
 LORA_TARGETS: dict[str, tuple[str, ...]] = {

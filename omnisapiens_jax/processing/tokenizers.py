@@ -101,6 +101,19 @@ class MiniTokenizer:
 _SPACE_MARK = "\u2581"
 
 
+def open_tokenizer(folder: Path) -> Tokenizer:
+    """The vocabulary that lies in the directory of a checkpoint.
+
+    Raises:
+      FileNotFoundError: there is none.
+    """
+    if (folder / "tokenizer.json").is_file():
+        return QwenTokenizer(folder)
+    if (folder / "tokenizer.model").is_file():
+        return MiniTokenizer(folder / "tokenizer.model")
+    raise FileNotFoundError(f"{folder} has neither tokenizer.json nor tokenizer.model; copy that of the model it was made from there")
+
+
 def _find_special_tokens(find: Callable[[str], int | None], file: str) -> TokenIds:
     found = {field: find(piece) for field, piece in SPECIAL_TOKENS.items()}
     known = {field: number for field, number in found.items() if number is not None}

@@ -23,8 +23,9 @@ from omnisapiens_jax.evaluation.evaluate import WithoutTranscripts
 from omnisapiens_jax.models.config import ThinkerConfig
 from omnisapiens_jax.processing.chat import FORMAT_PROMPTS
 from omnisapiens_jax.processing.options import ProcessingConfig
-from omnisapiens_jax.processing.tokenizers import MiniTokenizer, QwenTokenizer, Tokenizer
+from omnisapiens_jax.processing.tokenizers import open_tokenizer
 from omnisapiens_jax.training.journal import Bar, console
+from omnisapiens_jax.training.state import open_weights
 
 Rows = Callable[[Index], np.ndarray]  # [N] bool: which samples of a split take part
 
@@ -62,10 +63,11 @@ class Atlas:
           ValueError: the tokenizer is not the model's.
         """
         self._config, self._model = config, model
-        self.tokenizer = open_tokenizer(config.model.weights)
+        weights = config.model.weights
+        self.tokenizer = open_tokenizer(open_weights(weights).companions if weights else resources.resource("data/mini"))
         if self.tokenizer.ids != model.tokens:
             raise ValueError(
-                f"the vocabulary {'of ' + config.model.weights if config.model.weights else 'bundled for mini'} is not that of the model "
+                f"the vocabulary {'of ' + weights if weights else 'bundled for mini'} is not that of the model "
                 f"({config.model.preset}): name a checkpoint with its tokenizer beside it, --config.model.weights=DIR"
             )
         self._root = Path(config.atlas.path) if config.atlas.path else self._miniature()
@@ -117,8 +119,3 @@ class Atlas:
         atlas = self._config.atlas
         with Bar("making the miniature atlas", total=atlas.samples, at_once=False) as bar:
             return generate.atlas(atlas.samples, atlas.seed, cache=resources.cache(), progress=lambda done, _: bar.reach(done))
-
-
-def open_tokenizer(weights: str) -> Tokenizer:
-    """The tokenizer beside a checkpoint, or the bundled small vocabulary where there is none."""
-    return QwenTokenizer(weights) if weights else MiniTokenizer(resources.resource("data/mini/tokenizer.model"))

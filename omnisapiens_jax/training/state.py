@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
@@ -13,8 +14,10 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
-from omnisapiens_jax.convert.checkpoint import load_params, put_params
-from omnisapiens_jax.convert.huggingface import Params
+from omnisapiens_jax.convert.checkpoint import put_params
+from omnisapiens_jax.convert.kinds import open_source
+from omnisapiens_jax.convert.loading import read_params_onto
+from omnisapiens_jax.convert.source import Params, Source
 from omnisapiens_jax.models.config import ThinkerConfig
 from omnisapiens_jax.models.layers import LoraConfig, LoraParam
 from omnisapiens_jax.models.thinker import Thinker
@@ -34,20 +37,30 @@ class TrainState(NamedTuple):
     opt_state: optax.OptState
 
 
+@functools.cache
+def open_weights(weights: str) -> Source:
+    """The checkpoint `config.model.weights`, of any kind. Opened once a process: what a name on the hub stands for may change."""
+    return open_source(weights)
+
+
 def thinker_config(model: ml_collections.ConfigDict) -> ThinkerConfig:
-    """The shapes that `model.weights` (a checkpoint of ours or of Hugging Face) states, or those of `model.preset`."""
-    return ThinkerConfig.from_hf(model.weights) if model.weights else ThinkerConfig.preset(model.preset)
+    """The shapes of the checkpoint `model.weights`, or those of `model.preset`."""
+    return open_weights(model.weights).config if model.weights else ThinkerConfig.preset(model.preset)
+
+
+def lora_config(model: ml_collections.ConfigDict) -> LoraConfig | None:
+    """The adapters that `model.lora` asks for, or None at rank 0."""
+    if not model.lora.rank:
+        return None
+    return LoraConfig(model.lora.rank, model.lora.alpha, dict(model.lora.targets), model.lora.stabilised)
 
 
 def make_thinker(model: ml_collections.ConfigDict, seed: int) -> Thinker:
     """A thinker with random weights, as `config.model` describes it."""
-    lora = None
-    if model.lora.rank:
-        lora = LoraConfig(model.lora.rank, model.lora.alpha, {tower: tuple(names) for tower, names in model.lora.targets.items() if names})
     return Thinker(
         thinker_config(model),
         rngs=nnx.Rngs(seed),
-        lora=lora,
+        lora=lora_config(model),
         dtype=jnp.dtype(model.dtype),
         param_dtype=jnp.dtype(model.param_dtype),
         remat=model.remat,
@@ -82,26 +95,29 @@ def create_state(model: ml_collections.ConfigDict, seed: int, mesh: Mesh) -> tup
     There is no optimizer yet: a stage brings its own (`fresh_optimizer`).
     """
     abstract = nnx.eval_shape(lambda: make_thinker(model, seed))
+    source = open_weights(model.weights) if model.weights else None
+    if source is not None:
+        source.check()
+        kept = source.lora and source.lora.config
+        if kept and kept != lora_config(model):
+            raise ValueError(
+                f"{model.weights} has LoRA factors ({kept}), the config asks for {lora_config(model)}: set config.model.lora to what is "
+                f"there, or merge them first: python tools/convert_weights.py merge {model.weights} MERGED"
+            )
 
-    def init(params: Params | None) -> TrainState:
+    def init(params: Params | None, factors: Params | None) -> TrainState:
         thinker = make_thinker(model, seed)
         if params is not None:
-            put_params(thinker, params)
+            put_params(thinker, params, factors)
         _, trainable, frozen = nnx.split(thinker, trainable_filter(model), ...)
         return TrainState(jnp.zeros((), jnp.int32), trainable, frozen, ())
 
     with on_mesh(mesh):
-        params = load_params(model.weights, target=_targets(abstract, mesh)) if model.weights else None
+        params, factors = (None, None) if source is None else read_params_onto(source, abstract, mesh)
         # Donated, so that a checkpoint's parameters are not on the devices twice.
-        state = jax.jit(init, out_shardings=shardings(jax.eval_shape(init, params), mesh), donate_argnums=0)(params)
+        placed = shardings(jax.eval_shape(init, params, factors), mesh)
+        state = jax.jit(init, out_shardings=placed, donate_argnums=(0, 1))(params, factors)
     return nnx.graphdef(abstract), state
-
-
-def _targets(thinker: Thinker, mesh: Mesh) -> Params:
-    """Shape, dtype and sharding of every parameter that a checkpoint holds."""
-    base = nnx.state(thinker, nnx.All(nnx.Param, nnx.Not(LoraParam)))
-    arrays, places = nnx.to_pure_dict(base), nnx.to_pure_dict(shardings(base, mesh))
-    return jax.tree.map(lambda a, place: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), arrays, places)
 
 
 def fresh_optimizer(state: TrainState, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:

@@ -1,43 +1,68 @@
-"""Our checkpoint: the same bits back, on any mesh and in any dtype; whole or not there; and the command line over it."""
+"""Our checkpoint: an Orbax tree that Orbax itself reads, a receipt of every tensor, and the same bits back."""
 
 from __future__ import annotations
 
+import hashlib
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 from omnisapiens_jax.convert import checkpoint, huggingface
-from omnisapiens_jax.convert.huggingface import ConversionError
+from omnisapiens_jax.convert.names import mappings
+from omnisapiens_jax.convert.source import FLOATS, Params, read_params
+from omnisapiens_jax.convert.tensors import ConversionError
+from omnisapiens_jax.convert.unfinished import whole_or_nothing
 from omnisapiens_jax.models.layers import LoraConfig, LoraParam
 from omnisapiens_jax.models.thinker import Thinker
+from tests.convert.test_huggingface import store, tensors
 from tests.models import cases, ours
 
-REPO = Path(__file__).resolve().parents[2]
 CONFIG = cases.CONFIGS["uneven"]
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A full Omni checkpoint in bfloat16."""
-    folder = tmp_path_factory.mktemp("hf")
-    stored = {f"thinker.{name}": value.astype(ml_dtypes.bfloat16) for name, value in cases.their_tensors(CONFIG).items()}
-    save_file(stored | {"talker.x": np.ones(2, np.float32)}, folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps({"model_type": "qwen2_5_omni", "thinker_config": CONFIG.to_hf()}))
-    (folder / "tokenizer.json").write_text('{"version": "1.0"}')
-    return folder
+    """A full Omni checkpoint in bfloat16, in one file."""
+    stored = {f"thinker.{name}": value for name, value in tensors("uneven", ml_dtypes.bfloat16).items()}
+    stored |= {"talker.x": np.ones(2, np.float32), "token2wav.y": np.ones(3, np.float32)}
+    return store(tmp_path_factory.mktemp("omni") / "hf", stored, {"model_type": "qwen2_5_omni", "thinker_config": CONFIG.to_hf()})
 
 
-def same_bits(found: huggingface.Params, wanted: huggingface.Params) -> None:
+@pytest.fixture(params=["whole", "in_pieces"])
+def pieces(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """With chunks that hold a layer, and with some so small that most layers take several, the last of them shorter."""
+    if request.param == "in_pieces":
+        monkeypatch.setattr(checkpoint, "CHUNK_BYTES", 1_000)
+    return request.param
+
+
+def bring_in(source: Path, target: Path, dtype: np.dtype | None = None) -> Path:
+    opened = huggingface.open_huggingface(source)
+    with whole_or_nothing(target, {}) as (folder, journal):
+        checkpoint.write_checkpoint(opened, folder, journal, dtype=dtype)
+    return target
+
+
+def take_out(source: Path, target: Path) -> Path:
+    with whole_or_nothing(target, {}) as (folder, journal):
+        huggingface.write_thinker(checkpoint.open_checkpoint(source), folder, journal, layout=checkpoint.file_layout(source))
+    return target
+
+
+def read(folder: Path) -> Params:
+    return read_params(huggingface.open_huggingface(folder))
+
+
+def same_bits(found: Params, wanted: Params) -> None:
     def equal(a: np.ndarray, b: np.ndarray) -> None:
         assert (a.dtype, a.shape) == (b.dtype, b.shape)
         assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
@@ -45,56 +70,149 @@ def same_bits(found: huggingface.Params, wanted: huggingface.Params) -> None:
     jax.tree.map(equal, found, wanted)
 
 
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_orbax_alone_restores_the_same_arrays(tmp_path: Path, dtype: str, pieces: str) -> None:
+    """As numpy arrays, and onto eight devices, each holding its part, in another dtype."""
+    stored = tensors("uneven", FLOATS[dtype])
+    stored["visual.blocks.1.norm1.weight"] = np.zeros_like(stored["visual.blocks.1.norm1.weight"])  # nothing but zeros is stored as well
+    stored["model.norm.weight"][:2] = [-0.0, np.finfo(np.float16).smallest_subnormal]
+    folder = store(tmp_path / "hf", stored, CONFIG.to_hf())
+    saved, wanted = bring_in(folder, tmp_path / "saved"), read(folder)
+    handler = ocp.PyTreeCheckpointHandler
+    with ocp.Checkpointer(handler()) as orbax:
+        args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
+        same_bits(orbax.restore(saved / "params", args=ocp.args.PyTreeRestore(restore_args=args)), wanted)
+
+        mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(AxisType.Auto,))
+        other = jnp.bfloat16 if dtype == "float32" else jnp.float32
+
+        def place(leaf: np.ndarray) -> jax.ShapeDtypeStruct:
+            divided = PartitionSpec(*("fsdp" if size % 8 == 0 and axis == leaf.ndim - 1 else None for axis, size in enumerate(leaf.shape)))
+            return jax.ShapeDtypeStruct(leaf.shape, other, sharding=NamedSharding(mesh, divided))
+
+        target = jax.tree.map(place, wanted)
+        args = ocp.checkpoint_utils.construct_restore_args(target)
+        restored = orbax.restore(saved / "params", args=ocp.args.PyTreeRestore(item=target, restore_args=args))
+    assert jax.tree.map(lambda leaf: leaf.sharding, restored) == jax.tree.map(lambda leaf: leaf.sharding, target)
+    assert restored["decoder"]["embed_tokens"].addressable_shards[0].data.shape == (72, 7)
+    same_bits(restored, jax.tree.map(lambda leaf: leaf.astype(other), wanted))
+
+
+def test_the_receipt_says_where_every_tensor_came_from(tmp_path: Path, source: Path, pieces: str) -> None:
+    stored = load_file(source / "model.safetensors")
+    manifest = json.loads((bring_in(source, tmp_path / "saved") / "manifest.json").read_text())
+    assert manifest["kind"] == "a full Omni model of Hugging Face" and manifest["source"] == str(source) and manifest["lora"] is None
+    assert manifest["dtypes"] == ["bfloat16"] and manifest["parameters"] == sum(value.size for value in tensors("uneven").values())
+    wanted = {name: row for row in mappings(CONFIG) for name in row.their_names}
+    assert [record["name"] for record in manifest["tensors"]] == list(wanted)
+    for record in manifest["tensors"]:
+        row, value = wanted[record["name"]], stored[record["stored_name"]]
+        assert record == {
+            "name": record["name"],
+            "stored_name": f"thinker.{record['name']}",
+            "file": "model.safetensors",
+            "tree": "params",
+            "path": ".".join(row.ours),
+            "layer": None if row.layers is None else row.their_names.index(record["name"]),
+            "shape": list(value.shape),
+            "dtype": "bfloat16",
+            "sha256": hashlib.sha256(value.tobytes()).hexdigest(),
+        }
+        assert (tmp_path / "saved" / "params" / record["path"] / ".zarray").is_file()
+    why = "the speech side of a full Omni model"
+    assert manifest["skipped"] == [{"name": name, "file": "model.safetensors", "why": why} for name in ("talker.x", "token2wav.y")]
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("config", cases.CONFIGS)
+def test_an_import_is_exported_as_the_files_it_came_from(tmp_path: Path, config: str, dtype: str, pieces: str) -> None:
+    folder = tmp_path / "hf"
+    store(folder, tensors(config, FLOATS[dtype]), cases.CONFIGS[config].to_hf(), shards=3)
+    back = take_out(bring_in(folder, tmp_path / "saved"), tmp_path / "back")
+    files = {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
+    assert len(files) == 3 and {path.name: path.read_bytes() for path in back.glob("*.safetensors")} == files
+    index, wanted = (json.loads((where / huggingface.INDEX).read_text()) for where in (back, folder))
+    assert index["weight_map"] == wanted["weight_map"]
+    assert huggingface.read_config(back) == cases.CONFIGS[config]
+    receipt, manifest = (json.loads(path.read_text()) for path in (back / huggingface.RECEIPT, tmp_path / "saved" / "manifest.json"))
+    hashes = [{record["name"]: record["sha256"] for record in each["tensors"]} for each in (receipt, manifest)]
+    assert hashes[0] == hashes[1]
+
+
+def test_an_import_that_casts_rounds_once_and_says_so(tmp_path: Path) -> None:
+    stored = tensors("uneven")
+    saved = bring_in(store(tmp_path / "hf", stored, CONFIG.to_hf()), tmp_path / "saved", FLOATS["bfloat16"])
+    back = load_file(take_out(saved, tmp_path / "back") / "model.safetensors")
+    assert {name: value.tobytes() for name, value in back.items()} == {
+        name: value.astype(ml_dtypes.bfloat16).tobytes() for name, value in stored.items()
+    }
+    record = next(record for record in checkpoint.load_manifest(saved)["tensors"] if record["name"] == "model.norm.weight")
+    assert record["dtype"] == "bfloat16" and record["sha256"] == hashlib.sha256(back["model.norm.weight"].tobytes()).hexdigest()
+
+
+def test_a_tensor_that_is_not_finite_is_named_on_the_way_in_and_out(tmp_path: Path) -> None:
+    stored = tensors("uneven")
+    good = bring_in(store(tmp_path / "good", stored, CONFIG.to_hf()), tmp_path / "saved")
+    stored["audio_tower.layers.1.fc1.weight"][-1, -1] = np.nan
+    bad = store(tmp_path / "bad", stored, CONFIG.to_hf())
+    said = r"1 of 960 values read of audio_tower\.layers\.1\.fc1\.weight are infinite or NaN; a model with them answers nothing\."
+    with pytest.raises(ConversionError, match=rf"bad/model\.safetensors: {said}"):
+        bring_in(bad, tmp_path / "never")
+    array = "audio.layers.block.fc1.kernel"
+    chunk = good / "params" / array / "1.0.0"
+    chunk.write_bytes(chunk.read_bytes()[:-4] + np.float32(np.inf).tobytes())
+    with pytest.raises(ConversionError, match=rf"saved/params: {said}"):
+        take_out(good, tmp_path / "never")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bad", "good", "saved"]
+
+
+def test_a_file_that_is_missing_or_cut_is_named(tmp_path: Path, source: Path) -> None:
+    """And is not read as zeros."""
+    saved = bring_in(source, tmp_path / "saved")
+    chunk = saved / "params" / "decoder.layers.block.mlp.up_proj.kernel" / "2.0.0"
+    content = chunk.read_bytes()
+    chunk.write_bytes(content[:-2])
+    said = r"saved/params: model\.layers\.2\.mlp\.up_proj\.weight cannot be read \((.|\n)*up_proj\.kernel/2\.0\.0"
+    with pytest.raises(ConversionError, match=said):
+        read_params(checkpoint.open_checkpoint(saved))
+    chunk.unlink()
+    with pytest.raises(ConversionError, match=said.split(r" \(")[0]):
+        read_params(checkpoint.open_checkpoint(saved))
+    (chunk.parent / ".zarray").unlink()
+    with pytest.raises(ConversionError, match=r"saved/params: decoder\.layers\.block\.mlp\.up_proj\.kernel is missing or broken"):
+        checkpoint.open_checkpoint(saved)
+
+
 def test_saved_parameters_come_back_bit_for_bit(tmp_path: Path, source: Path) -> None:
-    imported = huggingface.read(source)
-    checkpoint.save_params(tmp_path / "saved", imported.params, CONFIG, origin={"source": "a test"})
+    params = read(source)
+    checkpoint.save_params(tmp_path / "saved", params, CONFIG)
     assert checkpoint.load_config(tmp_path / "saved") == CONFIG
-    same_bits(checkpoint.load_params(tmp_path / "saved"), imported.params)
-    manifest = json.loads((tmp_path / "saved" / "manifest.json").read_text())
-    assert manifest["dtypes"] == ["bfloat16"] and manifest["origin"] == {"source": "a test"}
-    assert manifest["parameters"] == sum(value.size for value in cases.their_tensors(CONFIG).values())
-
-
-def test_parameters_are_read_to_where_they_will_live(tmp_path: Path, source: Path) -> None:
-    """Saved from a whole array, read as float32 on eight devices, each holding its part."""
-    imported = huggingface.read(source)
-    checkpoint.save_params(tmp_path / "saved", imported.params, CONFIG)
-    mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(AxisType.Auto,))
-
-    def place(leaf: np.ndarray) -> jax.ShapeDtypeStruct:
-        divided = PartitionSpec(*("fsdp" if size % 8 == 0 and axis == leaf.ndim - 1 else None for axis, size in enumerate(leaf.shape)))
-        return jax.ShapeDtypeStruct(leaf.shape, jnp.float32, sharding=NamedSharding(mesh, divided))
-
-    target = jax.tree.map(place, imported.params)
-    loaded = checkpoint.load_params(tmp_path / "saved", target=target)
-    assert jax.tree.map(lambda leaf: leaf.sharding, loaded) == jax.tree.map(lambda leaf: leaf.sharding, target)
-    same_bits(loaded, jax.tree.map(lambda leaf: leaf.astype(np.float32), imported.params))
-    assert loaded["decoder"]["embed_tokens"].addressable_shards[0].data.shape == (72, 7)
+    same_bits(read_params(checkpoint.open_checkpoint(tmp_path / "saved")), params)
 
 
 def test_a_checkpoint_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: Path) -> None:
-    imported = huggingface.read(source)
-    bad = imported.params | {"lm_head": {"kernel": imported.params["lm_head"]["kernel"].T}}
+    params = read(source)
+    bad = params | {"lm_head": {"kernel": params["lm_head"]["kernel"].T}}
     with pytest.raises(ConversionError, match=r"misshapen lm_head\.kernel \(72, 56\) instead of \(56, 72\)"):
         checkpoint.save_params(tmp_path / "saved", bad, CONFIG)
     monkeypatch.setattr(checkpoint.json, "dumps", lambda *_, **__: 1 / 0)  # dies after the arrays are written
     with pytest.raises(ZeroDivisionError):
-        checkpoint.save_params(tmp_path / "saved", imported.params, CONFIG)
+        checkpoint.save_params(tmp_path / "saved", params, CONFIG)
     monkeypatch.undo()
     assert list(tmp_path.iterdir()) == []
-    checkpoint.save_params(tmp_path / "saved", imported.params, CONFIG)
+    checkpoint.save_params(tmp_path / "saved", params, CONFIG)
     with pytest.raises(FileExistsError, match="saved exists; remove it or name another directory"):
-        checkpoint.save_params(tmp_path / "saved", imported.params, CONFIG)
+        checkpoint.save_params(tmp_path / "saved", params, CONFIG)
 
 
 def test_what_is_no_checkpoint_of_ours_is_said(tmp_path: Path, source: Path) -> None:
-    with pytest.raises(ConversionError, match=rf"no checkpoint of ours .* python tools/convert_weights\.py import {source}"):
-        checkpoint.load_params(source)
-    checkpoint.save_params(tmp_path / "saved", huggingface.read(source).params, CONFIG)
+    with pytest.raises(ConversionError, match=rf"no checkpoint of ours .* tools/convert_weights\.py import {source} DIR"):
+        checkpoint.open_checkpoint(source)
+    checkpoint.save_params(tmp_path / "saved", read(source), CONFIG)
     manifest = tmp_path / "saved" / "manifest.json"
     manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"version": 99}))
-    with pytest.raises(ConversionError, match="version 99, expected 'omnisapiens-jax thinker' 1"):
-        checkpoint.load_params(tmp_path / "saved")
+    with pytest.raises(ConversionError, match="'omnisapiens-jax thinker' version 99, not 'omnisapiens-jax thinker' 2"):
+        checkpoint.open_checkpoint(tmp_path / "saved")
 
 
 def test_put_and_take_leave_lora_alone() -> None:
@@ -108,26 +226,3 @@ def test_put_and_take_leave_lora_alone() -> None:
     same_bits(nnx.to_pure_dict(nnx.state(model, LoraParam)), before)
     with pytest.raises(ConversionError, match=r"missing decoder\.norm\.scale"):
         checkpoint.put_params(model, params | {"decoder": params["decoder"] | {"norm": {}}})
-
-
-def command(*arguments: object) -> subprocess.CompletedProcess[str]:
-    done = [sys.executable, REPO / "tools" / "convert_weights.py", *map(str, arguments)]
-    return subprocess.run(done, cwd=REPO, capture_output=True, text=True, check=False)
-
-
-def test_the_command_imports_and_exports(tmp_path: Path, source: Path) -> None:
-    done = command("import", source, tmp_path / "ours")
-    assert done.returncode == 0, done.stderr
-    assert "left behind: 1 tensors of the talker" in done.stderr and "187,136 parameters in bfloat16" in done.stderr
-    done = command("export", tmp_path / "ours", tmp_path / "back")
-    assert done.returncode == 0, done.stderr
-    found, wanted = load_file(tmp_path / "back" / "model.safetensors"), load_file(source / "model.safetensors")
-    assert (tmp_path / "back" / "tokenizer.json").read_text() == (source / "tokenizer.json").read_text()
-    assert {f"thinker.{name}" for name in found} | {"talker.x"} == wanted.keys()
-    assert all(found[name].tobytes() == wanted[f"thinker.{name}"].tobytes() for name in found)
-
-    again = command("import", source, tmp_path / "ours")
-    assert again.returncode == 1 and "exists; remove it or name another directory" in again.stderr
-    nothing = command("import", tmp_path / "nowhere", tmp_path / "new")
-    assert nothing.returncode == 1 and "nowhere is not a directory" in nothing.stderr and "Traceback" not in nothing.stderr
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["back", "ours"]

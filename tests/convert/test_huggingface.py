@@ -12,12 +12,16 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from omnisapiens_jax.convert import huggingface
-from omnisapiens_jax.convert.huggingface import INDEX, SINGLE, ConversionError
+from omnisapiens_jax.convert.huggingface import INDEX, SINGLE
+from omnisapiens_jax.convert.source import FLOATS, Params, Source, read_params
+from omnisapiens_jax.convert.tensors import ConversionError
+from omnisapiens_jax.convert.unfinished import whole_or_nothing
 from omnisapiens_jax.models.config import ThinkerConfig
 from tests.models import cases
 from tests.oracle import run_oracle
 
 Tensors = dict[str, np.ndarray]
+AS_TRANSFORMERS = {"format": "pt"}  # what it writes into the header of every file
 
 
 def tensors(config: str, dtype: type | np.dtype = np.float32) -> Tensors:
@@ -29,13 +33,22 @@ def store(folder: Path, stored: Tensors, config: dict, *, shards: int = 1) -> Pa
     (folder / "config.json").write_text(json.dumps(config))
     names = sorted(stored)
     if shards == 1:
-        save_file(stored, folder / SINGLE)
+        save_file(stored, folder / SINGLE, AS_TRANSFORMERS)
         return folder
     where = {name: f"model-{1 + i % shards:05d}-of-{shards:05d}.safetensors" for i, name in enumerate(names)}  # layers torn apart
     for file in set(where.values()):
-        save_file({name: stored[name] for name in names if where[name] == file}, folder / file)
+        save_file({name: stored[name] for name in names if where[name] == file}, folder / file, AS_TRANSFORMERS)
     (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": where}))
     return folder
+
+
+def read(folder: Path, dtype: np.dtype | None = None) -> Params:
+    return read_params(huggingface.open_huggingface(folder), dtype=dtype)
+
+
+def write(source: Source, target: Path, shard_bytes: int = huggingface.SHARD_BYTES) -> None:
+    with whole_or_nothing(target, {}) as (folder, journal):
+        huggingface.write_thinker(source, folder, journal, shard_bytes=shard_bytes)
 
 
 def full_omni(config: ThinkerConfig) -> dict:
@@ -61,12 +74,12 @@ def assert_same_bits(found: Tensors, wanted: Tensors) -> None:
 @pytest.mark.parametrize("config", cases.CONFIGS)
 def test_there_and_back_is_bit_identical(tmp_path: Path, config: str, dtype: type) -> None:
     stored = tensors(config, dtype)
-    stored["model.norm.weight"][:2] = np.array([np.nan, -0.0], dtype)  # values that arithmetic would not keep
+    stored["model.norm.weight"][:2] = np.array(
+        [np.finfo(np.float16).smallest_subnormal, -0.0], dtype
+    )  # values that arithmetic may not keep
     source = store(tmp_path / "hf", stored, cases.CONFIGS[config].to_hf())
-    imported = huggingface.read(source)
-    assert imported.config == cases.CONFIGS[config]
-    (tmp_path / "back").mkdir()
-    huggingface.write(imported.params, imported.config, tmp_path / "back")
+    assert huggingface.open_huggingface(source).config == cases.CONFIGS[config]
+    huggingface.save_thinker(read(source), cases.CONFIGS[config], tmp_path / "back")
     assert_same_bits(read_back(tmp_path / "back"), stored)
     assert json.loads((tmp_path / "back" / "config.json").read_text()).items() >= cases.CONFIGS[config].to_hf().items()
 
@@ -77,20 +90,18 @@ def test_a_full_omni_checkpoint_gives_its_thinker(tmp_path: Path) -> None:
     source = store(
         tmp_path / "hf", {f"thinker.{name}": value for name, value in stored.items()} | speech, full_omni(cases.CONFIGS["uneven"]), shards=3
     )
-    imported = huggingface.read(source)
-    assert imported.skipped == {"talker": 2, "token2wav": 1}
-    assert imported.config == cases.CONFIGS["uneven"]
-    (tmp_path / "back").mkdir()
-    huggingface.write(imported.params, imported.config, tmp_path / "back")
+    opened = huggingface.open_huggingface(source)
+    assert {skipped.name for skipped in opened.skipped} == speech.keys()
+    assert opened.config == cases.CONFIGS["uneven"]
+    huggingface.save_thinker(read_params(opened), opened.config, tmp_path / "back")
     assert_same_bits(read_back(tmp_path / "back"), stored)
 
 
 def test_large_models_are_written_in_shards_with_an_index(tmp_path: Path) -> None:
     stored = tensors("tied")
-    imported = huggingface.read(store(tmp_path / "hf", stored, cases.CONFIGS["tied"].to_hf()))
-    (tmp_path / "back").mkdir()
+    opened = huggingface.open_huggingface(store(tmp_path / "hf", stored, cases.CONFIGS["tied"].to_hf()))
     limit = 100_000
-    huggingface.write(imported.params, imported.config, tmp_path / "back", shard_bytes=limit)
+    write(opened, tmp_path / "back", shard_bytes=limit)
     index = json.loads((tmp_path / "back" / INDEX).read_text())
     assert index["metadata"]["total_size"] == sum(value.nbytes for value in stored.values())
     files = sorted((tmp_path / "back").glob("*.safetensors"))
@@ -100,18 +111,16 @@ def test_large_models_are_written_in_shards_with_an_index(tmp_path: Path) -> Non
         assert {name: index["weight_map"][name] for name in held} == dict.fromkeys(held, file.name)
         assert len(held) == 1 or sum(value.nbytes for value in held.values()) <= limit
     assert_same_bits(read_back(tmp_path / "back"), stored)
-    again = huggingface.read(tmp_path / "back")
-    np.testing.assert_array_equal(again.params["decoder"]["embed_tokens"], stored["model.embed_tokens.weight"])
+    again = read(tmp_path / "back")
+    np.testing.assert_array_equal(again["decoder"]["embed_tokens"], stored["model.embed_tokens.weight"])
 
 
 def test_a_dtype_can_be_asked_for(tmp_path: Path) -> None:
     stored = tensors("tied")
     source = store(tmp_path / "hf", stored, cases.CONFIGS["tied"].to_hf())
-    imported = huggingface.read(source, dtype=huggingface.parse_dtype("bfloat16"))
-    assert imported.params["decoder"]["norm"]["scale"].dtype == ml_dtypes.bfloat16
-    np.testing.assert_array_equal(imported.params["decoder"]["norm"]["scale"], stored["model.norm.weight"].astype(ml_dtypes.bfloat16))
-    with pytest.raises(ValueError, match="unknown dtype 'int8'; known: float32, float16, bfloat16"):
-        huggingface.parse_dtype("int8")
+    scale = read(source, FLOATS["bfloat16"])["decoder"]["norm"]["scale"]
+    assert scale.dtype == ml_dtypes.bfloat16
+    np.testing.assert_array_equal(scale, stored["model.norm.weight"].astype(ml_dtypes.bfloat16))
 
 
 def _one_missing(stored: Tensors) -> None:
@@ -135,11 +144,15 @@ def _one_layer_more(stored: Tensors) -> None:
     ("change", "said"),
     [
         (_one_missing, r"1 missing: audio_tower\.conv2\.bias"),
-        (_misnamed, r"1 unknown: model\.layers\.0\.self_attn\.q_proj\.wieght\n  1 missing: model\.layers\.0\.self_attn\.q_proj\.weight"),
+        (
+            _misnamed,
+            r"1 unknown: model\.layers\.0\.self_attn\.q_proj\.wieght in model\.safetensors\n"
+            r"  1 missing: model\.layers\.0\.self_attn\.q_proj\.weight",
+        ),
         (
             _turned,
-            r"2 misshapen: audio_tower\.ln_post\.weight \(7,\) instead of \(24,\), "
-            r"visual\.blocks\.1\.mlp\.up_proj\.weight \(40, 52\) instead of \(52, 40\)",
+            r"2 misshapen: audio_tower\.ln_post\.weight in model\.safetensors \(7,\) instead of \(24,\), "
+            r"visual\.blocks\.1\.mlp\.up_proj\.weight in model\.safetensors \(40, 52\) instead of \(52, 40\)",
         ),
         (_one_layer_more, r"1 unknown: model\.layers\.3\.input_layernorm\.weight"),
     ],
@@ -149,7 +162,7 @@ def test_what_does_not_fit_is_listed(tmp_path: Path, change: Callable[[Tensors],
     change(stored)
     source = store(tmp_path / "hf", stored, cases.CONFIGS["uneven"].to_hf())
     with pytest.raises(ConversionError, match=said):
-        huggingface.read(source)
+        read(source)
 
 
 def test_a_name_without_the_prefix_of_the_others_is_unknown(tmp_path: Path) -> None:
@@ -157,8 +170,8 @@ def test_a_name_without_the_prefix_of_the_others_is_unknown(tmp_path: Path) -> N
     stored = {f"thinker.{name}": value for name, value in tensors("uneven").items()}
     stored["model.norm.weight"] = stored["thinker.model.norm.weight"]
     source = store(tmp_path / "hf", stored, full_omni(cases.CONFIGS["uneven"]))
-    with pytest.raises(ConversionError, match=r"1 unknown: model\.norm\.weight$"):
-        huggingface.read(source)
+    with pytest.raises(ConversionError, match=r"1 unknown: model\.norm\.weight in model\.safetensors$"):
+        read(source)
 
 
 def test_mixed_dtypes_in_a_stack_are_refused_unless_one_is_named(tmp_path: Path) -> None:
@@ -167,47 +180,62 @@ def test_mixed_dtypes_in_a_stack_are_refused_unless_one_is_named(tmp_path: Path)
     stored[name] = stored[name].astype(np.float16)
     source = store(tmp_path / "hf", stored, cases.CONFIGS["uneven"].to_hf())
     with pytest.raises(ConversionError, match=r"model\.layers\.1\.mlp\.up_proj\.weight is float16, the layers before it float32"):
-        huggingface.read(source)
-    assert huggingface.read(source, dtype=np.float32).params["decoder"]["norm"]["scale"].dtype == np.float32
+        read(source)
+    assert read(source, np.dtype(np.float32))["decoder"]["norm"]["scale"].dtype == np.float32
 
 
 def test_a_broken_directory_says_what_is_wrong(tmp_path: Path) -> None:
     config = cases.CONFIGS["uneven"]
     with pytest.raises(ConversionError, match=r"nowhere is not a directory\. It must hold config\.json"):
-        huggingface.read(tmp_path / "nowhere")
+        read(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
     with pytest.raises(ConversionError, match=r"empty has no config\.json"):
-        huggingface.read(tmp_path / "empty")
+        read(tmp_path / "empty")
     (tmp_path / "empty" / "config.json").write_text(json.dumps(config.to_hf()))
     with pytest.raises(ConversionError, match=r"has neither model\.safetensors nor model\.safetensors\.index\.json; it holds config\.json"):
-        huggingface.read(tmp_path / "empty")
+        read(tmp_path / "empty")
 
     cut = store(tmp_path / "cut", tensors("uneven"), config.to_hf())
     content = (cut / SINGLE).read_bytes()
     for length in (len(content) - 1, len(content) // 2, 100, 0):
         (cut / SINGLE).write_bytes(content[:length])
-        with pytest.raises(ConversionError, match=r"model\.safetensors cannot be read; is it truncated"):
-            huggingface.read(cut)
+        with pytest.raises(ConversionError, match=r"model\.safetensors(: the header is broken| is truncated)"):
+            read(cut)
 
     lost = store(tmp_path / "lost", tensors("uneven"), config.to_hf(), shards=3)
     (lost / "model-00002-of-00003.safetensors").unlink()
     with pytest.raises(ConversionError, match=r"model-00002-of-00003\.safetensors is named in .* but is not there"):
-        huggingface.read(lost)
+        read(lost)
+
+    for index, said in (
+        ("[]", r"is no index of shards"),
+        ('{"weight_map": ["a"]}', r"is no index of shards"),
+        ('{"weight_map": {"a": "../model.safetensors"}}', r"a lies in '\.\./model\.safetensors', which is no file beside it"),
+        ('{"weight_map": {"a": 3}}', r"a lies in 3, which is no file beside it"),
+    ):
+        (lost / INDEX).write_text(index)
+        with pytest.raises(ConversionError, match=rf"index\.json.*{said}"):
+            read(lost)
+
+    double = store(tmp_path / "double", tensors("uneven"), config.to_hf(), shards=2)
+    shards = [double / f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
+    save_file(load_file(shards[1]) | dict([next(iter(load_file(shards[0]).items()))]), shards[1], AS_TRANSFORMERS)
+    with pytest.raises(ConversionError, match=r"is given twice: in .*model-00001-of-00002\.safetensors and in .*model-00002-of-00002"):
+        read(double)
 
     lying = store(tmp_path / "lying", tensors("uneven"), config.to_hf(), shards=2)
     index = json.loads((lying / INDEX).read_text())
     index["weight_map"]["model.ghost"] = "model-00001-of-00002.safetensors"
     (lying / INDEX).write_text(json.dumps(index))
     with pytest.raises(ConversionError, match=r"index\.json and its shards disagree about model\.ghost"):
-        huggingface.read(lying)
+        read(lying)
 
 
 def test_parameters_of_another_model_are_not_written(tmp_path: Path) -> None:
-    imported = huggingface.read(store(tmp_path / "hf", tensors("uneven"), cases.CONFIGS["uneven"].to_hf()))
-    (tmp_path / "out").mkdir()
+    params = read(store(tmp_path / "hf", tensors("uneven"), cases.CONFIGS["uneven"].to_hf()))
     with pytest.raises(ConversionError, match=r"unknown lm_head\.kernel, misshapen audio\.conv1\.kernel \(36, 24\) instead of \(30, 32\)"):
-        huggingface.write(imported.params, cases.CONFIGS["tied"], tmp_path / "out")
-    assert list((tmp_path / "out").iterdir()) == []
+        huggingface.save_thinker(params, cases.CONFIGS["tied"], tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 
 @pytest.mark.oracle
@@ -215,13 +243,11 @@ def test_parameters_of_another_model_are_not_written(tmp_path: Path) -> None:
 def test_what_we_write_transformers_reads_and_the_other_way_round(tmp_path: Path, config: str) -> None:
     """Our bfloat16 export -> transformers, which finds every tensor -> its own shards and config spelling -> ours: the same bits."""
     stored = tensors(config, ml_dtypes.bfloat16)
-    imported = huggingface.read(store(tmp_path / "hf", stored, cases.CONFIGS[config].to_hf()))
-    (tmp_path / "ours").mkdir()
-    huggingface.write(imported.params, imported.config, tmp_path / "ours", shard_bytes=100_000)
+    opened = huggingface.open_huggingface(store(tmp_path / "hf", stored, cases.CONFIGS[config].to_hf()))
+    write(opened, tmp_path / "ours", shard_bytes=100_000)
     report = run_oracle("save_thinker", source=str(tmp_path / "ours"), target=str(tmp_path / "theirs"), dtype="bfloat16", shard="100KB")
     assert {kind: names.tolist() for kind, names in report.items() if names.size} == {}
-    again = huggingface.read(tmp_path / "theirs")
-    assert again.config == imported.config
-    (tmp_path / "back").mkdir()
-    huggingface.write(again.params, again.config, tmp_path / "back")
+    again = huggingface.open_huggingface(tmp_path / "theirs")
+    assert again.config == opened.config
+    write(again, tmp_path / "back")
     assert_same_bits(read_back(tmp_path / "back"), stored)

@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from omnisapiens_jax.convert import huggingface
 from omnisapiens_jax.convert.checkpoint import put_params
+from omnisapiens_jax.convert.huggingface import open_huggingface
+from omnisapiens_jax.convert.source import Params, read_params
 from omnisapiens_jax.generation.sampling import Generator, Sampling, rollout_keys
 from omnisapiens_jax.models.config import ThinkerConfig
 from omnisapiens_jax.models.layers import LoraConfig
@@ -29,11 +30,11 @@ def thinker(config_name: str, lora: LoraConfig | None = None) -> Thinker:
     """The random model of `cases`, brought in through the converter."""
     with tempfile.TemporaryDirectory() as folder:
         cases.write_checkpoint(cases.CONFIGS[config_name], Path(folder))
-        imported = huggingface.read(folder)
-    return make(imported.config, imported.params, lora)
+        params = read_params(open_huggingface(folder))
+    return make(cases.CONFIGS[config_name], params, lora)
 
 
-def make(config: ThinkerConfig, params: huggingface.Params, lora: LoraConfig | None = None) -> Thinker:
+def make(config: ThinkerConfig, params: Params, lora: LoraConfig | None = None) -> Thinker:
     """A thinker with these parameters; the factors of its adapters, if any, are random."""
 
     def build() -> Thinker:

@@ -1,0 +1,81 @@
+"""What a run of ours has learnt, as a source: the newest (SFT: the best) state of a stage, on the weights that the run began with."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from omnisapiens_jax.convert.checkpoint import stored_tensors
+from omnisapiens_jax.convert.names import lora_mappings, mappings
+from omnisapiens_jax.convert.source import Lora, Source
+from omnisapiens_jax.convert.tensors import ConversionError, HeldTensor, Tensor
+from omnisapiens_jax.models.config import ThinkerConfig
+from omnisapiens_jax.models.layers import LoraConfig
+from omnisapiens_jax.resources import resource
+
+CONFIG = "config.json"  # of the run, beside the folders of its stages
+_KEPT = ("best", "state")  # where a stage keeps checkpoints; an SFT stage keeps its best one apart
+_UNUSED = "audio_tower.audio_bos_eos_token.weight"  # no forward reads it, so no run trains it
+
+
+def is_stage(path: Path) -> bool:
+    """Whether a directory is that of a stage of a run, such as `runs/rl/rl`."""
+    return (path.parent / CONFIG).is_file() and any((path / kept).is_dir() for kept in _KEPT)
+
+
+def stages(path: Path) -> list[Path]:
+    """The stages of a run, if `path` is that of one."""
+    return sorted(child for child in path.iterdir() if child.is_dir() and is_stage(child))
+
+
+def open_stage(path: Path, open_base: Callable[[str], Source]) -> Source:
+    """Opens the directory of a stage.
+
+    Args:
+      path: of the stage.
+      open_base: opens `config.model.weights`.
+
+    Raises:
+      ConversionError: there is no checkpoint in it, the run's config is broken, or the weights it began with are no longer there.
+    """
+    state = _newest(path) / "state"
+    try:
+        model = json.loads((path.parent / CONFIG).read_text())["model"]
+        weights, preset, lora = str(model["weights"]), str(model["preset"]), model["lora"]
+        made = LoraConfig(lora["rank"], lora["alpha"], lora["targets"], lora["stabilised"]) if lora["rank"] else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as reason:
+        raise ConversionError(f"{path.parent / CONFIG} is not the config of a run ({reason!r})") from reason
+    try:
+        base = open_base(weights) if weights else None
+    except ConversionError as reason:
+        raise ConversionError(f"{path.parent} began with the weights {weights} (config.model.weights): {reason}") from reason
+    config = base.config if base else ThinkerConfig.preset(preset)
+
+    def spec(place: tuple[str, ...]) -> dict[str, Any]:
+        inside = f"{'/'.join(('trainable', *place, 'value'))}/"
+        return {"driver": "zarr", "kvstore": {"driver": "ocdbt", "base": f"file://{state.resolve()}/", "path": inside}}
+
+    kind = f"step {state.parent.name} of a run of ours"
+    if made is not None:
+        if base is None:
+            raise ConversionError(f"{path.parent / CONFIG}: the run trained LoRA factors on random weights, which it did not keep")
+        factors = stored_tensors(lora_mappings(config, made), state, spec)
+        # Heads and adapters of the weights would read other states than those they were made for.
+        return dataclasses.replace(base, path=path, kind=f"{kind} on {base.kind}", lora=Lora(made, factors), parts={})
+    tensors: dict[str, Tensor] = stored_tensors(tuple(row for row in mappings(config) if row.theirs != _UNUSED), state, spec)
+    unused = next(row for row in mappings(config) if row.theirs == _UNUSED)
+    tensors[_UNUSED] = base.tensors[_UNUSED] if base else HeldTensor(_UNUSED, np.zeros(unused.their_shape, np.float32), state)
+    return Source(path, kind, config, tensors, None, {}, (), base.companions if base else resource("data/mini"))
+
+
+def _newest(path: Path) -> Path:
+    for kept in _KEPT:
+        steps = [folder for folder in (path / kept).glob("[0-9]*") if folder.name.isdecimal() and (folder / "state").is_dir()]
+        if steps:
+            return max(steps, key=lambda folder: int(folder.name))
+    raise ConversionError(f"{path} has no whole checkpoint yet")
