@@ -32,7 +32,7 @@ def states() -> tuple[np.ndarray, np.ndarray]:
 
 def form(features: int, hidden: int = 16, modality: str = "video", **more: bool) -> dict[str, Any]:
     """An adapter in the oracle's words: in today's form with a LayerNorm, but for what `more` says."""
-    today = {"normed": True, "confidences": False, "conf_norm": False, "gain": False, "scalar": False}
+    today = {"normed": True, "confidences": False, "conf_norm": False, "scalar": False}
     return {"features": features, "hidden": hidden, "modality": modality} | today | more
 
 

@@ -24,7 +24,7 @@ MODALITIES = ("video", "audio")  # in the order in which their deltas are added
 _HEAD = re.compile(r"heads\.(\d+)\.(weight|bias)")
 _ADAPTER = re.compile(rf"({'|'.join(MODALITIES)})_adapter\.(.+)")
 _CONFIDENCES = 3  # scalars that the first adapters were given after the descriptor
-_OF_CONFIDENCES = ("ln_conf.weight", "ln_conf.bias", "conf_gain")
+_OF_CONFIDENCES = ("ln_conf.weight", "ln_conf.bias")
 
 
 def is_part(name: str) -> bool:
@@ -104,11 +104,10 @@ def modern(parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The same parts without what early adapters had besides.
 
     Their MLP takes three confidences after the descriptor, zero in every run. Behind a LayerNorm these are its bias, a constant, which goes
-    into the bias of the first layer: `b1 + W1[:, D:] ln_conf.bias`, with a gain `b1 + W1[:, D:] (conf_gain * ln_conf.bias)`. An `alpha` of
-    shape [] becomes one of shape [1].
+    into the bias of the first layer: `b1 + W1[:, D:] ln_conf.bias`. An `alpha` of shape [] becomes one of shape [1].
 
-    An adapter with neither LayerNorm nor gain does not show how wide its descriptor was, and stays as it is: with zeros after the
-    descriptor it gives what it gave.
+    An adapter without any LayerNorm does not show how wide its descriptor was, and stays as it is: with zeros after the descriptor it gives
+    what it gave. A `conf_gain`, which some may have, stays too and is refused as unknown: where it entered is not published.
     """
     found = dict(parts)
     for modality in MODALITIES:
@@ -124,8 +123,6 @@ def modern(parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
             weight, constant = first.read(), np.zeros(_CONFIDENCES, np.float32)
             if "ln_conf.bias" in extra:
                 constant = extra["ln_conf.bias"].read().astype(np.float32)
-            if "conf_gain" in extra:
-                constant = constant * extra["conf_gain"].read().astype(np.float32)
             shift = weight[:, -_CONFIDENCES:].astype(np.float32) @ constant
             found[f"{prefix}mlp.0.weight"] = _held(first, weight[:, :-_CONFIDENCES])
             found[f"{prefix}mlp.0.bias"] = _held(bias, (bias.read().astype(np.float32) + shift).astype(bias.dtype))

@@ -11,12 +11,11 @@ from torch import nn
 class Adapter(nn.Module):
     """`features` of a descriptor to `width`. The first ones were given three confidences besides, all zero."""
 
-    def __init__(self, features: int, hidden: int, width: int, normed: bool, confidences: bool, conf_norm: bool, gain: bool, scalar: bool):
+    def __init__(self, features: int, hidden: int, width: int, normed: bool, confidences: bool, conf_norm: bool, scalar: bool):
         super().__init__()
         self.ln_feats = nn.LayerNorm(features) if normed else None
         self.confidences = confidences
         self.ln_conf = nn.LayerNorm(3) if conf_norm else None
-        self.conf_gain = nn.Parameter(torch.ones(3)) if gain else None
         self.mlp = nn.Sequential(nn.Linear(features + 3 * confidences, hidden), nn.ReLU(), nn.Linear(hidden, width))
         self.alpha = nn.Parameter(torch.tensor(1.0) if scalar else torch.ones(1))
 
@@ -27,8 +26,6 @@ class Adapter(nn.Module):
             confidences = torch.zeros(len(features), 3)
             if self.ln_conf is not None:
                 confidences = self.ln_conf(confidences)
-            if self.conf_gain is not None:
-                confidences = confidences * self.conf_gain
             features = torch.cat([features, confidences], dim=-1)
         return self.mlp(features) * self.alpha
 
