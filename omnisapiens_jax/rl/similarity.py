@@ -17,8 +17,8 @@ from omnisapiens_jax.models.embedder import EmbedderConfig, SentenceEmbedder
 LENGTHS = (8, 64, 256)
 """Tokens a text is padded to: a label, a sentence, and the most the model reads."""
 
-_TOKENS = 256
-"""Tokens of one device call: 32 labels, 4 sentences or 1 long text. More are no faster per token, and waste more on the last call."""
+_ROWS = {8: 8, 64: 1, 256: 1}
+"""Texts of one device call, by their length: few, because most are remembered and a call seldom has many new ones."""
 
 _REMEMBERED = 16384
 
@@ -86,14 +86,14 @@ class Similarity:
         calls: list[tuple[list[int], jax.Array]] = []
         for shorter, length in zip((-1, *LENGTHS), LENGTHS, strict=False):
             fitting = [i for i, ids in enumerate(encoded) if shorter < len(ids) <= length]
-            rows = _TOKENS // length
+            rows = _ROWS[length]
             for start in range(0, len(fitting), rows):
                 chosen = fitting[start : start + rows]
                 calls.append((chosen, self._run([encoded[i] for i in chosen], length)))  # the device works while we pad the next
         return {texts[i]: row for chosen, result in calls for i, row in zip(chosen, np.asarray(result), strict=False)}
 
     def _run(self, rows: list[list[int]], length: int) -> jax.Array:
-        tokens = np.zeros((_TOKENS // length, length), np.int32)
+        tokens = np.zeros((_ROWS[length], length), np.int32)
         mask = np.zeros(tokens.shape, bool)
         for i, ids in enumerate(rows):
             tokens[i, : len(ids)] = ids
