@@ -13,6 +13,7 @@ from omnisapiens_jax.convert import checkpoint, huggingface
 from omnisapiens_jax.convert.hub import resolve
 from omnisapiens_jax.convert.names import mappings
 from omnisapiens_jax.convert.parts import ADAPTERS, HEADS, MODALITIES, OURS, is_part, modern
+from omnisapiens_jax.convert.peft import ADAPTER, ADAPTER_CONFIG
 from omnisapiens_jax.convert.runs import is_stage, open_stage, stages
 from omnisapiens_jax.convert.shards import join_shards
 from omnisapiens_jax.convert.source import Lora, Skipped, Source
@@ -20,7 +21,7 @@ from omnisapiens_jax.convert.tensors import ConversionError, StoredTensor, Tenso
 from omnisapiens_jax.convert.torch_files import ShardedTensor, read_torch_file
 from omnisapiens_jax.models.layers import LORA_TARGETS, LoraConfig
 
-ADAPTER_CONFIG, ADAPTER, ADAPTER_PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+ADAPTER_PICKLED = "adapter_model.bin"
 STATE, STATE_META = "pytorch_model_fsdp.bin", "meta.json"
 # The models that a trainer saved, in the order of its files: the whole one, then the adapters of a BAM run.
 _ORDERS = (["base"], ["base", "video"], ["base", "audio"], ["base", "video", "audio"], ["base", "audio", "video"])

@@ -12,7 +12,7 @@ from omnisapiens_jax.convert.tensors import ConversionError
 from omnisapiens_jax.convert.unfinished import Journal
 from omnisapiens_jax.models.layers import LORA_TARGETS
 
-FILE = "adapter_model.safetensors"
+ADAPTER_CONFIG, ADAPTER = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 # Where a tower's layers are, in the names that transformers 4 and 5 give to modules. PEFT matches the whole name.
 _LAYERS = {
@@ -34,7 +34,7 @@ def write_adapter(source: Source, folder: Path, journal: Journal, *, progress: P
     if source.lora is None:
         raise ConversionError(f"{source.path} has no LoRA factors")
     config = source.lora.config
-    factors = {_spelled(name): (FILE, tensor) for name, tensor in source.lora.factors.items()}
+    factors = {_spelled(name): (ADAPTER, tensor) for name, tensor in source.lora.factors.items()}
     write_files(dataclasses.replace(source, parts={}), factors, folder, journal, progress)
     targets = (rf"{_LAYERS[tower]}\.({'|'.join(config.targets[tower])})" for tower in LORA_TARGETS if config.targets.get(tower))
     described = {
@@ -50,7 +50,7 @@ def write_adapter(source: Source, folder: Path, journal: Journal, *, progress: P
         "inference_mode": True,
         "target_modules": "|".join(targets),
     }
-    (folder / "adapter_config.json").write_text(json.dumps(described, indent=2))
+    (folder / ADAPTER_CONFIG).write_text(json.dumps(described, indent=2))
 
 
 def _spelled(name: str) -> str:

@@ -162,9 +162,9 @@ def _backward(temperature: float, chunk: int, saved: Any, grad: Any) -> tuple[ja
     def some(hidden: jax.Array, targets: jax.Array, grad: jax.Array) -> jax.Array:
         log_probs, _ = _log_softmax(hidden, head, targets, temperature)
         by_logits = (_by_logits(log_probs, targets, temperature) * grad[:, None]).astype(hidden.dtype)
-        return jax.lax.dot_general(hidden, by_logits, (((0,), (0,)), ((), ())))
+        return jax.lax.dot_general(hidden, by_logits, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
 
-    return by_hidden, _by_chunks(some, chunk, hidden, targets, grad, add=True), None
+    return by_hidden, _by_chunks(some, chunk, hidden, targets, grad, add=True).astype(head.dtype), None
 
 
 _target_log_probs.defvjp(_forward, _backward, symbolic_zeros=True)

@@ -14,11 +14,11 @@ from tokenizers import Tokenizer
 from omnisapiens_jax.convert.minilm import fetch_minilm, load_minilm
 from omnisapiens_jax.models.embedder import EmbedderConfig, SentenceEmbedder
 
-LENGTHS = (8, 64, 256)
-"""Tokens a text is padded to: a label, a sentence, and the most the model reads."""
-
 _ROWS = {8: 8, 64: 1, 256: 1}
 """Texts of one device call, by their length: few, because most are remembered and a call seldom has many new ones."""
+
+LENGTHS = tuple(_ROWS)
+"""Tokens a text is padded to: a label, a sentence, and the most the model reads."""
 
 _REMEMBERED = 16384
 

@@ -25,16 +25,15 @@ from omnisapiens_jax.convert.huggingface import copy_companions
 from omnisapiens_jax.convert.kinds import open_source
 from omnisapiens_jax.convert.loading import read_params_onto
 from omnisapiens_jax.convert.names import lora_mappings, mappings
-from omnisapiens_jax.convert.source import Lora, Source, read_params
-from omnisapiens_jax.convert.tensors import ConversionError, HeldTensor, Tensor
+from omnisapiens_jax.convert.source import read_params
+from omnisapiens_jax.convert.tensors import ConversionError, Tensor
 from omnisapiens_jax.convert.unfinished import whole_or_nothing
 from omnisapiens_jax.models.layers import LORA_TARGETS, LoraConfig, LoraParam
 from omnisapiens_jax.models.thinker import Thinker
 from omnisapiens_jax.parallel.mesh import shardings
 from omnisapiens_jax.processing.options import ProcessingConfig
-from omnisapiens_jax.resources import resource
 from tests import tiny
-from tests.models import cases
+from tests.checkpoints import tiny_thinker, with_factors
 from tests.training.world import mesh_of
 
 README = Path(__file__).resolve().parents[2] / "README.md"
@@ -45,18 +44,7 @@ LORA = LoraConfig(4, 6.0, LORA_TARGETS)
 @pytest.fixture(scope="module")
 def theirs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A thinker of Hugging Face with a tokenizer, of the tiny shape."""
-    folder = tmp_path_factory.mktemp("theirs")
-    cases.write_checkpoint(tiny.TINY, folder)
-    shutil.copy(resource("data/mini/tokenizer.model"), folder)
-    return folder
-
-
-def with_factors(source: Source) -> Source:
-    """LoRA on every projection of every tower."""
-    random = np.random.default_rng(0)
-    shapes = {name: row.their_shape for row in lora_mappings(source.config, LORA) for name in row.their_names}
-    factors = {name: HeldTensor(name, random.standard_normal(shape).astype(np.float32)) for name, shape in shapes.items()}
-    return dataclasses.replace(source, lora=Lora(LORA, factors))
+    return tiny_thinker(tmp_path_factory.mktemp("theirs"))
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +52,7 @@ def ours(theirs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same as a checkpoint of ours, in bfloat16, with factors beside the weights."""
     target = tmp_path_factory.mktemp("ours") / "checkpoint"
     with whole_or_nothing(target, None) as (folder, journal):
-        write_checkpoint(with_factors(open_source(theirs)), folder, journal, dtype=jnp.dtype(jnp.bfloat16))
+        write_checkpoint(with_factors(open_source(theirs), LORA), folder, journal, dtype=jnp.dtype(jnp.bfloat16))
         copy_companions(theirs, folder)
     return target
 
@@ -138,7 +126,7 @@ class Watched:
 
 
 def test_every_row_is_read_once_whatever_the_mesh(theirs: Path) -> None:
-    source = with_factors(open_source(theirs))
+    source = with_factors(open_source(theirs), LORA)
     assert source.lora
     watched: dict[str, Any] = {name: Watched(tensor) for name, tensor in (*source.tensors.items(), *source.lora.factors.items())}
     lora = dataclasses.replace(source.lora, factors={name: watched[name] for name in source.lora.factors})

@@ -17,19 +17,18 @@ from omnisapiens_jax.convert.checkpoint import write_checkpoint
 from omnisapiens_jax.convert.huggingface import copy_companions
 from omnisapiens_jax.convert.kinds import open_source
 from omnisapiens_jax.convert.names import lora_mappings
-from omnisapiens_jax.convert.source import Lora, read_params
-from omnisapiens_jax.convert.tensors import ConversionError, HeldTensor
+from omnisapiens_jax.convert.source import read_params
+from omnisapiens_jax.convert.tensors import ConversionError
 from omnisapiens_jax.convert.unfinished import whole_or_nothing
 from omnisapiens_jax.models.layers import LoraConfig, LoraParam
 from omnisapiens_jax.parallel.mesh import shardings
 from omnisapiens_jax.processing.tokenizers import MiniTokenizer
-from omnisapiens_jax.resources import resource
 from omnisapiens_jax.training.checkpoints import Checkpoints
 from omnisapiens_jax.training.data import Atlas
 from omnisapiens_jax.training.jobs import claim
 from omnisapiens_jax.training.state import create_state, parameters, thinker_config
 from tests import tiny
-from tests.models import cases
+from tests.checkpoints import tiny_thinker, with_factors
 from tests.training import world
 
 LORA: dict[str, Any] = {"model__lora__rank": 2, "model__lora__alpha": 8.0, "model__lora__targets__decoder": ("q_proj",)}
@@ -38,21 +37,15 @@ LORA: dict[str, Any] = {"model__lora__rank": 2, "model__lora__alpha": 8.0, "mode
 @pytest.fixture(scope="module")
 def theirs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A thinker of Hugging Face with a tokenizer, of the tiny shape."""
-    folder = tmp_path_factory.mktemp("theirs")
-    cases.write_checkpoint(tiny.TINY, folder)
-    shutil.copy(resource("data/mini/tokenizer.model"), folder)
-    return folder
+    return tiny_thinker(tmp_path_factory.mktemp("theirs"))
 
 
 @pytest.fixture(scope="module")
 def adapted(theirs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of ours with trained factors beside the weights."""
-    config, random = LoraConfig(2, 8.0, {"decoder": ("q_proj",)}), np.random.default_rng(0)
-    shapes = {name: row.their_shape for row in lora_mappings(tiny.TINY, config) for name in row.their_names}
-    factors = {name: HeldTensor(name, random.standard_normal(shape).astype(np.float32)) for name, shape in shapes.items()}
     target = tmp_path_factory.mktemp("adapted") / "checkpoint"
     with whole_or_nothing(target, None) as (folder, journal):
-        write_checkpoint(dataclasses.replace(open_source(theirs), lora=Lora(config, factors)), folder, journal)
+        write_checkpoint(with_factors(open_source(theirs), LoraConfig(2, 8.0, {"decoder": ("q_proj",)})), folder, journal)
         copy_companions(theirs, folder)
     return target
 
