@@ -2,7 +2,7 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help rl learning test test-slow check venvs clean
+.PHONY: help rl learning test test-slow bench check venvs clean
 
 # Compiling takes most of a first run; the cache outlives the checkout, and small programs are kept too.
 export JAX_COMPILATION_CACHE_DIR ?= $(HOME)/.cache/omnisapiens_jax/jax

@@ -25,9 +25,15 @@ def main(argv: list[str]) -> None:
     from omnisapiens_jax.parallel import mesh
 
     mesh.start(_PROCESSES.value)
+    from omnisapiens_jax.atlas.faults import BadSamples
     from omnisapiens_jax.training import jobs  # after the flags are read, so that --help does not wait for jax
 
-    jobs.run(_CONFIG.value, Path(_WORKDIR.value))
+    try:
+        jobs.run(_CONFIG.value, Path(_WORKDIR.value))
+    except BadSamples as reason:
+        sys.exit(str(reason))
+    except KeyboardInterrupt:
+        sys.exit("stopped; the same command goes on from the last checkpoint")
 
 
 _FLAG = ("--config", "-config")

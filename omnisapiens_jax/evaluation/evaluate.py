@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -16,13 +15,13 @@ from omnisapiens_jax.atlas.schema import Sample
 from omnisapiens_jax.atlas.sources import Source
 from omnisapiens_jax.generation.sampling import Generator, rollout_keys
 from omnisapiens_jax.parallel.mesh import all_rows, put_batch
+from omnisapiens_jax.processing.chat import transcript_span
 from omnisapiens_jax.processing.example import Batch
 from omnisapiens_jax.processing.tokenizers import Tokenizer
 from omnisapiens_jax.rl.rewards import RewardConfig, extract_prediction
 
 SILENCE = -1.5  # log-mel of digital silence
 MODALITIES = ("text", "audio", "video")  # those that can be blanked
-_TRANSCRIPT = re.compile(r"(Transcript:)[^\n]*")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +86,10 @@ class WithoutTranscripts:
 
     def __getitem__(self, index: int) -> Sample:
         sample = self.source[index]
-        return dataclasses.replace(sample, problem=_TRANSCRIPT.sub(r"\1", sample.problem))
+        span = transcript_span(sample.problem)
+        return (
+            sample if span is None else dataclasses.replace(sample, problem=sample.problem[: span[0]].rstrip() + sample.problem[span[1] :])
+        )
 
     def fingerprint(self) -> str:
         """Changes with the rows, and differs from that of the rows themselves."""

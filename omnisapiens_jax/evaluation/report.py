@@ -65,8 +65,10 @@ def write_report(workdir: Path, curves: Curves, *, test: Source, train: Source, 
     """
     found = {path.stem.removeprefix("evaluation-"): load_answers(path) for path in sorted(workdir.glob("evaluation-*.json"))}
     final = next((found[name] for name in ("after", "sft", "before") if name in found), [])
-    first = found["before"] if "before" in found and "after" in found else None
-    blanked = [(m, paired(final, found[name])) for m in MODALITIES if (name := f"after-without-{m}") in found]
+    blanked = [(m, paired(*_common(final, found[name]))) for m in MODALITIES if (name := f"after-without-{m}") in found]
+    first = None
+    if "before" in found and "after" in found:
+        first, final = _common(found["before"], final)
     page = _environment().get_template("report.html.jinja")
     text = page.render(
         title=workdir.absolute().name,
@@ -96,6 +98,17 @@ def paired(before: Sequence[Answer], after: Sequence[Answer]) -> Difference:
     if [answer.id for answer in before] != [answer.id for answer in after]:
         raise ValueError(f"the two evaluations answered different samples ({len(before)} and {len(after)}): they cannot be compared")
     return paired_bootstrap(np.array([a.correct for a in before]), np.array([a.correct for a in after]))
+
+
+def _common(before: list[Answer], after: list[Answer]) -> tuple[list[Answer], list[Answer]]:
+    """The answers to samples that both evaluations answered: a row may be too long for one, or its file unreadable later on.
+
+    Raises ValueError if there is none.
+    """
+    both = {answer.id for answer in before} & {answer.id for answer in after}
+    if not both:
+        raise ValueError(f"the two evaluations ({len(before)} and {len(after)} samples) have no sample in common: they cannot be compared")
+    return [answer for answer in before if answer.id in both], [answer for answer in after if answer.id in both]
 
 
 def _environment() -> jinja2.Environment:
@@ -154,7 +167,8 @@ def _loss_chart(rows: Sequence[Mapping[str, float]]) -> Markup:
 
 def _best(rows: Sequence[Mapping[str, float]]) -> tuple[float, int] | None:
     """The lowest validation loss and its step."""
-    return min(((row["validation_loss"], int(row["step"]) + 1) for row in rows if "validation_loss" in row), default=None)
+    measured = [(row["validation_loss"], int(row["step"]) + 1) for row in rows if "validation_loss" in row]
+    return min((pair for pair in measured if np.isfinite(pair[0])), default=None)
 
 
 def _rl_charts(rows: Sequence[Mapping[str, float]]) -> list[tuple[str, str, Markup]]:

@@ -30,6 +30,8 @@ FORMAT_PROMPTS: Mapping[str, str] = {
     ),
 }
 
+_TRANSCRIPT = re.compile(r"Transcript:[ \t]*(?P<words>[^\n]*)")
+
 
 @dataclasses.dataclass(frozen=True)
 class Part:
@@ -85,24 +87,30 @@ def media_order(messages: Sequence[Message]) -> tuple[str, ...]:
     return tuple(part.kind for message in messages for part in message.parts if part.kind != "text")
 
 
-def shorten_transcript(
-    problem: str,
-    excess_tokens: int,
-    encode: Callable[[str], list[int]],
-    *,
-    pattern: str = r"Transcript:[ \t]*(?P<transcript>[^\n]*)",
-) -> str | None:
+def transcript_span(problem: str) -> tuple[int, int] | None:
+    """Where the words of the transcript stand in `problem`: what follows "Transcript:" in its line.
+
+    None where there is no transcript, where a media tag stands in its line, and where nothing follows that line: then the question may be
+    part of it, and no one can tell them apart.
+    """
+    found = _TRANSCRIPT.search(problem)
+    if found is None or not problem[found.end() :].strip() or any(tag in found["words"] for tag in TAGS.values()):
+        return None
+    return found.span("words")
+
+
+def shorten_transcript(problem: str, excess_tokens: int, encode: Callable[[str], list[int]]) -> str | None:
     """`problem` with its transcript cut after a word so that at least `excess_tokens` fewer tokens remain; None if that cannot be.
 
-    Only the text that `pattern`'s group `transcript` finds is cut: media, question and options stay whole. An ellipsis marks the cut.
-    `encode` gives the ids of a text.
+    Only what `transcript_span` finds is cut: media, question and options stay whole. An ellipsis marks the cut. `encode` gives the ids of
+    a text.
     """
     if excess_tokens <= 0:
         return problem
-    found = re.search(pattern, problem)
-    if found is None:
+    span = transcript_span(problem)
+    if span is None:
         return None
-    begin, end = found.span("transcript")
+    begin, end = span
     words = re.findall(r"\s*\S+", problem[begin:end])
     goal = len(encode(problem)) - excess_tokens
 

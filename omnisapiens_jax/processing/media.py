@@ -18,6 +18,10 @@ from omnisapiens_jax.processing.audio import SAMPLE_RATE, audio_token_count, mel
 
 Source = bytes | Path
 
+# What broken files raise beside what the libraries promise: PyAV for names that are not UTF-8, Pillow for sizes that no header should hold.
+_UNPLAYABLE = (av.error.FFmpegError, UnicodeDecodeError)
+_UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+
 
 class MediaError(Exception):
     """A medium could not be used. The message says which one and why."""
@@ -61,7 +65,7 @@ def has_audio(source: Source, *, name: str = "video") -> bool:
     try:
         with av.open(raw, "r") as container:
             return bool(container.streams.audio)
-    except av.error.FFmpegError as reason:
+    except _UNPLAYABLE as reason:
         raise MediaError(name, f"not a readable media file ({reason})") from reason
 
 
@@ -83,7 +87,7 @@ def decode_video(source: Source, *, frames: int, name: str = "video") -> np.ndar
                 kept.append(to_rgb.reformat(frame, format="rgb24", threads=1).to_ndarray())
                 if len(kept) == len(wanted):
                     break
-    except av.error.FFmpegError as reason:
+    except _UNPLAYABLE as reason:
         raise MediaError(name, f"corrupt or truncated video ({reason})") from reason
     if len(kept) < len(wanted):
         raise MediaError(name, f"corrupt or truncated video (frame {wanted[len(kept)]} of {total} cannot be decoded)")
@@ -96,7 +100,7 @@ def decode_image(source: Source, *, name: str = "image") -> np.ndarray:
     try:
         with Image.open(raw) as image:
             return np.asarray(image.convert("RGB"))[None]
-    except (OSError, SyntaxError, ValueError) as reason:  # Pillow raises all three for broken files
+    except _UNREADABLE as reason:
         raise MediaError(name, f"not a readable image ({reason})") from reason
 
 
@@ -109,7 +113,7 @@ def video_shape(source: Source, *, frames: int, name: str = "video") -> tuple[in
         with av.open(raw, "r") as container:
             stream = container.streams.video[0]
             return min(frames, total), stream.height, stream.width
-    except av.error.FFmpegError as reason:
+    except _UNPLAYABLE as reason:
         raise MediaError(name, f"corrupt or truncated video ({reason})") from reason
 
 
@@ -163,7 +167,7 @@ def _decode_sound_track(raw: io.BytesIO, seconds: float, name: str) -> tuple[np.
                 if sum(block.shape[1] for block in blocks) >= seconds * stream.rate:
                     break
             return np.concatenate(blocks, axis=1).T if blocks else np.zeros((0, 1), np.float32), stream.rate
-    except av.error.FFmpegError as reason:
+    except _UNPLAYABLE as reason:
         raise MediaError(name, f"not a readable audio file ({reason})") from reason
 
 

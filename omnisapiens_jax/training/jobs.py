@@ -8,7 +8,7 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import jax
 import ml_collections
@@ -27,7 +27,7 @@ from omnisapiens_jax.rl.loss import PolicyLossConfig
 from omnisapiens_jax.rl.rewards import RewardConfig
 from omnisapiens_jax.rl.similarity import Similarity
 from omnisapiens_jax.training import rl, sft
-from omnisapiens_jax.training.data import Atlas, Rows
+from omnisapiens_jax.training.data import Atlas, Rows, Split
 from omnisapiens_jax.training.journal import Compilations, console, progress, read_metrics
 from omnisapiens_jax.training.state import TrainState, create_state, make_optimizer, make_thinker, parameters, thinker_config
 
@@ -37,6 +37,10 @@ def _third(index: Index) -> np.ndarray:
 
 
 ROWS: dict[str, Rows | None] = {"all": None, "third": _third, "rest": lambda index: ~_third(index)}
+
+_COUNTS = ("steps", "batch_size", "prompts", "rollouts", "updates", "micro_batches", "eval_every", "patience", "save_every")
+# Settings that change nothing a run computes: it may go on with others.
+_FREE = ("on_error", "workers", "cache_bytes")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,13 +82,16 @@ class Run:
         """One likeliest response a prompt; made once, so that a second evaluation compiles nothing."""
         return self.generator(1, 0.0)
 
-    def evaluate(self, name: str, state: TrainState, without: str = "") -> list[Answer]:
+    def held_out(self, *, transcripts: bool = True) -> Split:
+        """The held-out split, in its own order; without the words of the transcripts if they are to be blanked."""
+        return self.atlas.split(
+            self.config.atlas.test, batch_size=self.config.eval_batch, target=False, shuffle=False, transcripts=transcripts
+        )
+
+    def evaluate(self, name: str, state: TrainState, split: Split, without: str = "") -> list[Answer]:
         """Greedy answers to the held-out split, one modality taken out or none; kept in `evaluation-NAME.json`, and made only once."""
         path = self.workdir / f"evaluation-{name}.json"
         if not path.exists():
-            split = self.atlas.split(
-                self.config.atlas.test, batch_size=self.config.eval_batch, target=False, shuffle=False, transcripts=without != "text"
-            )
             generator, steps = self.greedy, split.steps_per_epoch
             batches = (batch for _, batch in progress(split.pipeline.batches(0, steps), f"evaluating {name}", total=steps))
             if without not in ("", "text"):
@@ -96,7 +103,8 @@ class Run:
                 save_answers(path, answers)
         else:
             answers = load_answers(path)
-        console.print(f"held-out accuracy {name}: {accuracy(answers):.3f} on {len(answers)} samples")
+        bad = f"; {len(split.source) - len(answers)} rows could not be used" if len(answers) < len(split.source) else ""
+        console.print(f"held-out accuracy {name}: {accuracy(answers):.3f} on {len(answers)} samples{bad}")
         return answers
 
     def report(self) -> None:
@@ -132,11 +140,13 @@ def run(config: ml_collections.ConfigDict, workdir: Path) -> None:
 
 def _rl(run: Run, state: TrainState) -> None:
     config = run.config
-    similarity = Similarity.load() if config.rl.reward.similarity else None  # what may have to be fetched, before the long work
+    # Before the long work: what may have to be fetched, and rows that cannot be used.
+    similarity = Similarity.load() if config.rl.reward.similarity else None
+    prompts = run.atlas.split(config.atlas.train, batch_size=config.rl.prompts, target=False, shuffle=True, rows=ROWS[config.rl.rows])
+    held_out = run.held_out()
     if config.warm_start.rows != "none":
         state = run.fit(config.warm_start, "warm_start", state)
-    run.evaluate("before", state)
-    prompts = run.atlas.split(config.atlas.train, batch_size=config.rl.prompts, target=False, shuffle=True, rows=ROWS[config.rl.rows])
+    run.evaluate("before", state, held_out)
     generator = run.generator(config.rl.rollouts, config.rl.temperature)
     if similarity is not None:
         similarity.warm_up()
@@ -144,14 +154,16 @@ def _rl(run: Run, state: TrainState) -> None:
         config.rl, config.seed, run.workdir / "rl", run.graph, state, generator, prompts, run.atlas.tokenizer, similarity, run.mesh
     )
     prompts.tell_faults()
-    run.evaluate("after", state)
+    run.evaluate("after", state, held_out)
     for modality in config.blanked:
-        run.evaluate(f"after-without-{modality}", state, modality)
+        split = run.held_out(transcripts=False) if modality == "text" else held_out
+        run.evaluate(f"after-without-{modality}", state, split, modality)
     run.report()
 
 
 def _sft(run: Run, state: TrainState) -> None:
-    run.evaluate("sft", run.fit(run.config.sft, "sft", state))
+    held_out = run.held_out()  # before the long work: a row that cannot be used is told now
+    run.evaluate("sft", run.fit(run.config.sft, "sft", state), held_out)
     run.report()
 
 
@@ -169,19 +181,25 @@ def check(config: ml_collections.ConfigDict, mesh: Mesh) -> None:
         ("model.remat", config.model.remat, get_args(Remat)),
         ("processing.format_prompt", config.processing.format_prompt, FORMAT_PROMPTS),
     ]
+    counts = ["eval_batch", "atlas.buckets", "generation.chunk", "generation.max_tokens"]
+    stages = [name for name in ("warm_start", "rl", "sft") if name in config]
     batches = [("eval_batch", config.eval_batch, 1, 1)]
-    for name in ("warm_start", "rl", "sft"):
-        if name in config:
-            wanted.append((f"{name}.rows", config[name].rows, (*ROWS, "none") if name == "warm_start" else ROWS))
-            if config[name].steps < 1:
-                raise ValueError(f"config.{name}.steps {config[name].steps} must be at least 1")
-            make_optimizer(config[name].optim, config[name].steps)
-            rows, updates = ("prompts", config.rl.updates) if name == "rl" else ("batch_size", 1)
-            if config[name].rows != "none":
-                batches.append((f"{name}.{rows}", config[name][rows], updates, config[name].micro_batches))
+    for name in stages:
+        wanted.append((f"{name}.rows", config[name].rows, (*ROWS, "none") if name == "warm_start" else ROWS))
+        counts += [f"{name}.{count}" for count in _COUNTS if count in config[name]]
+        rows, updates = ("prompts", config.rl.updates) if name == "rl" else ("batch_size", 1)
+        if config[name].rows != "none":
+            batches.append((f"{name}.{rows}", config[name][rows], updates, config[name].micro_batches))
     for name, value, known in wanted:
         if value not in known:
             raise ValueError(f"unknown config.{name} {value!r}; known: {', '.join(known)}")
+    settings = config.to_dict()
+    for name in counts:
+        value = functools.reduce(lambda part, key: part[key], name.split("."), settings)
+        if value < 1:
+            raise ValueError(f"config.{name} {value} must be at least 1")
+    for stage in stages:
+        make_optimizer(config[stage].optim, config[stage].steps)
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
     for name, rows, updates, parts in batches:
         if rows % (updates * ways) or rows % (updates * parts):
@@ -199,15 +217,23 @@ def check(config: ml_collections.ConfigDict, mesh: Mesh) -> None:
 def claim(workdir: Path, config: ml_collections.ConfigDict) -> None:
     """Writes the config into `workdir`, or checks that the run found there has the same one.
 
-    A run that ended before it made anything leaves nothing but its config, and the place free.
+    A run that ended before it made anything leaves nothing but its config, and the place free. Settings that change nothing a run computes
+    (`_FREE`) may differ.
     """
     path, text = workdir / "config.json", config.to_json_best_effort(indent=2)
-    if not path.exists() or list(workdir.iterdir()) == [path]:
+    try:
         workdir.mkdir(parents=True, exist_ok=True)
+        if path.exists() and list(workdir.iterdir()) != [path]:
+            old, new = (_settled(json.loads(content)) for content in (path.read_text(), text))
+            differing = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
+            if differing:
+                raise ValueError(f"{workdir} holds a run with another config (differs in {', '.join(differing)}): name another --workdir")
         draft = path.with_suffix(".part")
         draft.write_text(text)
         draft.replace(path)
-    elif path.read_text() != text:
-        old, new = json.loads(path.read_text()), json.loads(text)
-        differing = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
-        raise ValueError(f"{workdir} holds a run with another config (differs in {', '.join(differing)}): name another --workdir")
+    except OSError as reason:
+        raise ValueError(f"{workdir} cannot be written to ({reason.strerror}): name another --workdir") from reason
+
+
+def _settled(config: dict[str, Any]) -> dict[str, Any]:
+    return {**config, "atlas": {name: value for name, value in config["atlas"].items() if name not in _FREE}}

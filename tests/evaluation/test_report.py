@@ -201,11 +201,23 @@ def test_media_that_cannot_be_embedded_are_named(folder: Path, test_rows: Source
     assert "a medium is not embedded: 1.0 MiB" in text and "a medium is not embedded: an unknown kind of file" in text
 
 
-def test_evaluations_of_other_samples_are_not_compared(folder: Path, test_rows: Source, train_rows: Source) -> None:
-    save_answers(folder / "evaluation-before.json", answers(test_rows, {0})[1:])
-    save_answers(folder / "evaluation-after.json", answers(test_rows, {0}))
-    with pytest.raises(ValueError, match="answered different samples"):
+def test_only_samples_that_both_evaluations_answered_are_compared(folder: Path, test_rows: Source, train_rows: Source) -> None:
+    every = answers(test_rows, {0})
+    save_answers(folder / "evaluation-before.json", every[1:])
+    save_answers(folder / "evaluation-after.json", every[:-1])
+    save_answers(folder / "evaluation-after-without-text.json", every[2:])
+    assert f"% of {len(every) - 2} samples" in Page(write_report(folder, {}, test=test_rows, train=train_rows)).text
+    save_answers(folder / "evaluation-before.json", every[-1:])
+    with pytest.raises(ValueError, match="no sample in common"):
         write_report(folder, {}, test=test_rows, train=train_rows)
+
+
+def test_a_loss_that_is_not_finite_is_never_the_best(folder: Path, test_rows: Source, train_rows: Source) -> None:
+    row = {"loss": 1.0, "time/seconds": 1.0}
+    losses = [{**row, "step": 49, "validation_loss": math.nan}, {**row, "step": 99, "validation_loss": 2.0}]
+    save_answers(folder / "evaluation-sft.json", answers(test_rows, {0}))
+    text = Page(write_report(folder, {"sft": losses}, test=test_rows, train=train_rows)).text
+    assert "The lowest validation loss, 2.0000 after 100 steps" in text
 
 
 def test_smoothing_is_unbiased_and_passes_over_what_is_not_finite() -> None:

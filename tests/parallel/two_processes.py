@@ -73,7 +73,7 @@ def grpo(config: ConfigDict, here: World, folder: Path) -> None:
     prompts = run.atlas.split(config.atlas.train, batch_size=8, target=False, shuffle=True)
     generator, tokenizer = run.generator(config.rl.rollouts, 1.0), run.atlas.tokenizer
     state = rl.improve(config.rl, 0, folder / "rl", here.graph, here.state, generator, prompts, tokenizer, test_killed.cosine, here.mesh)
-    run.evaluate("after", state)
+    run.evaluate("after", state, run.held_out())
 
 
 if __name__ == "__main__":

@@ -87,4 +87,15 @@ def test_a_problem_that_cannot_be_shortened_enough_is_given_up():
     assert shorten_transcript(PROBLEM, 6, words) is None
     assert shorten_transcript("Question: how?", 1, words) is None
     assert shorten_transcript("Question: how?", 0, words) == "Question: how?"
-    assert shorten_transcript('He said: "a b c d". Why?', 2, words, pattern=r'said: "(?P<transcript>[^"]*)"') == 'He said: "a …". Why?'
+
+
+@pytest.mark.parametrize(
+    "problem",
+    [
+        "<audio>Transcript: one two three four. What emotion is this? Choose one: sad, happy",
+        "Transcript: one two three. How? <audio> Choose one: sad, happy\nAnswer shortly.",
+        "Transcript: one two three four\n ",
+    ],
+)
+def test_a_line_that_may_hold_the_question_is_never_cut(problem: str):
+    assert shorten_transcript(problem, 1, words) is None

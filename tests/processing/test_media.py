@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -121,3 +123,21 @@ def test_other_broken_pictures(wav, tmp_path):
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)).save(file, "PNG")
     with pytest.raises(MediaError, match="not a readable image"):
         decode_image(file.getvalue()[:2000])
+
+
+def test_a_picture_of_absurd_size_is_refused_before_it_takes_the_memory():
+    header = struct.pack(">IIBBBBB", 60_000, 60_000, 1, 0, 0, 0, 0)
+    chunk = b"IHDR" + header
+    bomb = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", len(header)) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    for read in (decode_image, image_shape):
+        with pytest.raises(MediaError, match="not a readable image"):
+            read(bomb)
+
+
+def test_a_container_with_undecodable_names_is_a_media_error(mp4):
+    clip = mp4(frames=3, sound=0.5).replace(b"Handler", b"\xff\xfe\xffdler")
+    for read in (lambda: decode_audio(clip, seconds=1), lambda: decode_video(clip, frames=2), lambda: video_shape(clip, frames=2)):
+        with pytest.raises(MediaError, match="utf-8"):
+            read()
+    with pytest.raises(MediaError, match="utf-8"):
+        has_audio(clip)

@@ -110,6 +110,13 @@ def test_a_folder_of_another_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"run holds a run with another config \(differs in rl, seed\): name another --workdir"):
         jobs.claim(tmp_path / "run", second)
     assert json.loads((tmp_path / "run" / "config.json").read_text())["seed"] == 0
+    jobs.claim(tmp_path / "run", world.config(atlas__on_error="skip"))  # what the error of a bad row advises
+
+
+def test_a_workdir_that_cannot_be_written_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"file/run cannot be written to \(Not a directory\): name another --workdir"):
+        jobs.claim(tmp_path / "file" / "run", world.config())
 
 
 @pytest.mark.parametrize(
@@ -124,6 +131,11 @@ def test_a_folder_of_another_run_is_refused(tmp_path: Path) -> None:
         ("mesh.data", 3, "mesh data=3 x fsdp=1 x tensor=1 needs 3 devices; there are 8"),
         ("blanked", ("smell",), "unknown config.blanked 'smell'; known: text, audio, video"),
         ("rl.steps", 0, "config.rl.steps 0 must be at least 1"),
+        ("rl.save_every", 0, "config.rl.save_every 0 must be at least 1"),
+        ("warm_start.eval_every", 0, "config.warm_start.eval_every 0 must be at least 1"),
+        ("rl.rollouts", 0, "config.rl.rollouts 0 must be at least 1"),
+        ("generation.max_tokens", 0, "config.generation.max_tokens 0 must be at least 1"),
+        ("atlas.buckets", 0, "config.atlas.buckets 0 must be at least 1"),
         ("rl.reward.buffer", 0, "needs a buffer of at least 1 token, not 0"),
         ("rl.temperature", 0.0, "config.rl.temperature 0.0 must be above 0"),
         ("rl.optim.schedule", "linear", "unknown optim.schedule 'linear'; known: constant, cosine"),
