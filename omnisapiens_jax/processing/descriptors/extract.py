@@ -17,7 +17,7 @@ import tempfile
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -181,14 +181,13 @@ def extract(
         children: list[_Child] = []
         count = min(workers or os.cpu_count() or 1, len(missing))
         with ThreadPoolExecutor(count) as pool:
-            done: list[Future[None]] = [pool.submit(work, number) for number in range(count)]
             try:
-                wait(done, return_when=FIRST_EXCEPTION)
+                done, _ = wait([pool.submit(work, number) for number in range(count)], return_when=FIRST_EXCEPTION)
             finally:  # an interrupt, or a worker that cannot go on: the others wait for their children
                 stopped.set()
                 for child in children:
                     child.kill()
-        for future in done:
+        for future in done:  # not those that only failed because they were stopped
             future.result()
     return report
 
