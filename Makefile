@@ -11,6 +11,8 @@ export JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES ?= -1
 # Huge pages for XLA's temporaries: a quarter less time a step on Linux, ignored elsewhere.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
+# Whether the descriptors' environment has openSMILE.
+OPENSMILE ?= yes
 
 PY := .venv/bin/python
 PYTEST := OMNISAPIENS_ORACLE_PYTHON=$(CURDIR)/.venv-oracle/bin/python $(PY) -m pytest -n 2 --dist loadfile
@@ -41,7 +43,7 @@ check: .venv/.test ## lint, formatting and types
 
 venvs: .venv/.test .venv-oracle/.made ## the environments of the tests: ours, and that of the torch oracle
 
-descriptors-env: .venv-descriptors/.made ## MediaPipe and openSMILE in .venv-descriptors, for new descriptors (OPENSMILE=no leaves that out)
+descriptors-env: .venv-descriptors/.made-$(OPENSMILE) ## MediaPipe and openSMILE in .venv-descriptors, for new descriptors (OPENSMILE=no leaves that out)
 
 clean: ## remove environments, caches and build products (runs/ stays)
 	rm -rf .venv .venv-oracle .venv-descriptors .pytest_cache .ruff_cache build dist
@@ -76,9 +78,8 @@ CONSTRAINED = $$($(PY) -c 'import sys; print("--constraint=constraints.txt" if s
 
 # MediaPipe's last release with models inside has wheels for no later Python than 3.12.
 DESCRIPTORS := omnisapiens_jax/processing/descriptors
-OPENSMILE ?= yes
 
-.venv-descriptors/.made: $(DESCRIPTORS)/requirements.txt $(DESCRIPTORS)/requirements-opensmile.txt
+.venv-descriptors/.made-$(OPENSMILE): $(DESCRIPTORS)/requirements.txt $(DESCRIPTORS)/requirements-opensmile.txt
 	@for python in $(PYTHON) python3.11 python3.12 python3; do \
 		if $$python -c 'import ensurepip, sys, venv; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' >/dev/null 2>&1; then break; fi; python=; done; \
 		if [ -z "$$python" ]; then echo "MediaPipe 0.10.21 needs Python 3.11 or 3.12; name one: make descriptors-env PYTHON=/path/to/python3.11" >&2; exit 1; fi; \

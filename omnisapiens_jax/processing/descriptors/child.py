@@ -21,9 +21,10 @@ from typing import Any
 
 import numpy as np
 
-# Points of the parts, and what of a face is left where its irises are not refined.
+# Points of a body, of a face with its irises, and of a hand.
 POSE, FACE, HAND = 33, 478, 21
 SOUND_TRACK_RATE = 16_000
+WINDOW = 0.06  # seconds of the longest window of ComParE 2016: of a shorter sound every functional is NaN
 FPS = 30.0  # of a video that says none, and no times of its frames either
 
 
@@ -111,7 +112,8 @@ class Functionals:
         for key, array in values.items():
             if not np.isfinite(array).all():
                 wrong = int((~np.isfinite(array)).sum())
-                raise Unusable(f"{wrong:,} of {array.size:,} {key} of these {samples.shape[-1] / rate:.3f} s of sound are NaN or infinite")
+                sound = f"these {samples.shape[-1] / rate:.3f} s of sound (its windows have {WINDOW} s)"
+                raise Unusable(f"openSMILE makes {wrong:,} of {array.size:,} {key} of {sound} NaN or infinite")
         begins, ends = (low_level.index.get_level_values(name).total_seconds() for name in ("start", "end"))
         return {**values, "times": np.asarray((begins + ends) / 2, np.float32)}
 
@@ -143,7 +145,7 @@ def sound_track(source: str) -> np.ndarray:
             parts = [part.to_ndarray() for frame in container.decode(audio=0) for part in convert.resample(frame)]
             parts += [part.to_ndarray() for part in convert.resample(None)]
     except av.error.FFmpegError as reason:
-        raise Unusable(f"its sound cannot be decoded ({reason})") from reason
+        raise Unusable(f"its sound cannot be decoded ({reason.strerror})") from reason
     return np.concatenate(parts, axis=1, dtype=np.float32) / 32768 if parts else np.zeros((1, 0), np.float32)
 
 
