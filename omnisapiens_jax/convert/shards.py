@@ -5,12 +5,11 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 
-from omnisapiens_jax.convert.tensors import ConversionError, StoredTensor, Tensor
-from omnisapiens_jax.convert.torch_files import ShardedTensor
+from omnisapiens_jax.processing.tensors import ConversionError, File, StoredTensor, Tensor
+from omnisapiens_jax.processing.torch_files import ShardedTensor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +22,7 @@ class JoinedTensor:
     shape: tuple[int, ...]
 
     @property
-    def file(self) -> Path:
+    def file(self) -> File:
         """Where the first piece lies."""
         return self.pieces[0].file
 
