@@ -16,7 +16,14 @@ import av.error
 import numpy as np
 
 from omnisapiens_jax.atlas.schema import MEDIA_FIELDS, Feature, Media, Sample, SampleError
-from omnisapiens_jax.processing.descriptors.read import Descriptor, DescriptorError, read_audio_descriptor, read_video_descriptor
+from omnisapiens_jax.processing.descriptors.read import (
+    FRAME_WIDTH,
+    LOW_LEVEL_WIDTH,
+    Descriptor,
+    DescriptorError,
+    read_audio_descriptor,
+    read_video_descriptor,
+)
 
 NAME = "human_behavior_atlas"
 VERSION = "1.0.0"
@@ -29,6 +36,7 @@ DESCRIPTION = (
 
 _TEXTS = ("problem", "answer", "dataset", "modality_signature", "task", "class_label", "rationale")
 _DESCRIPTORS = {"video_descriptor": "ext_video_feats", "audio_descriptor": "ext_audio_feats"}
+_FRAME_WIDTHS = {"video_descriptor": FRAME_WIDTH, "audio_descriptor": LOW_LEVEL_WIDTH}
 
 
 def tfds() -> Any:
@@ -45,19 +53,21 @@ def features() -> Any:
     """The features of a record as a TFDS `FeaturesDict`.
 
     Texts; `images`, `videos`, `audios` as lists of encoded files; `names` of those; and `video_descriptor` and `audio_descriptor`, each
-    `pooled [D]`, `frames [T, d]` and `times [T]` float32, D = T = 0 where the sample has none.
+    `pooled [D]`, `frames [T, d]` and `times [T]` float32; D = T = 0 where the sample has none.
     """
     kinds = tfds().features
 
-    def array(*shape: None) -> Any:
+    def array(*shape: int | None) -> Any:
         return kinds.Tensor(shape=shape, dtype=np.float32, encoding="bytes")
 
-    descriptor = {"pooled": array(None), "frames": array(None, None), "times": array(None)}
     return kinds.FeaturesDict(
         {name: kinds.Text() for name in _TEXTS}
         | {name: kinds.Sequence(kinds.Tensor(shape=(), dtype=np.object_)) for name in MEDIA_FIELDS}
         | {"names": kinds.Sequence(kinds.Text())}
-        | {name: kinds.FeaturesDict(descriptor) for name in _DESCRIPTORS}
+        | {
+            name: kinds.FeaturesDict({"pooled": array(None), "frames": array(None, width), "times": array(None)})
+            for name, width in _FRAME_WIDTHS.items()
+        }
     )
 
 
@@ -86,7 +96,7 @@ def encode(sample: Sample) -> tuple[bytes, list[SampleError]]:
         except DescriptorError as reason:
             faults.append(sample.error(str(reason), kind="descriptor", field=field))
             descriptor = None
-        row[name] = dataclasses.asdict(descriptor or _NO_DESCRIPTOR)
+        row[name] = vars(descriptor or Descriptor(_NOTHING, np.zeros((0, _FRAME_WIDTHS[name]), np.float32), _NOTHING))
     # Map fields of a protocol buffer have no order of their own.
     example = _serializer().get_tf_example(features().encode_example(row))
     return example.SerializeToString(deterministic=True), faults
@@ -110,7 +120,6 @@ def open_records(folder: Path, split: str) -> Sequence[Mapping[str, Any]]:
 
 
 _NOTHING = np.zeros(0, np.float32)
-_NO_DESCRIPTOR = Descriptor(_NOTHING, np.zeros((0, 0), np.float32), _NOTHING)
 
 
 def _media_bytes(sample: Sample, field: str, item: Media) -> bytes:
