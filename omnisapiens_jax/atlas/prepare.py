@@ -26,7 +26,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from omnisapiens_jax.atlas import records
 from omnisapiens_jax.atlas.faults import BadSamples, FaultLog
@@ -35,6 +35,9 @@ from omnisapiens_jax.atlas.lengths import Policy
 from omnisapiens_jax.atlas.records import Receipt, Shard
 from omnisapiens_jax.atlas.schema import SampleError
 from omnisapiens_jax.atlas.sources import open_source, open_splits
+
+if TYPE_CHECKING:
+    from apache_beam.options.pipeline_options import PipelineOptions
 
 SHARD_ROWS = 256  # a file of the released parquet has as many
 _FORMAT = 1  # of what is written: raise it when the same source gives other bytes
@@ -109,7 +112,7 @@ def prepare(
     config: Config | None = None,
     *,
     workers: int | None = None,
-    beam: Sequence[str] | None = None,
+    beam: Sequence[str] | PipelineOptions | None = None,
     on_error: Policy = "raise",
     shard_rows: int = SHARD_ROWS,
     progress: Progress | None = None,
@@ -124,8 +127,8 @@ def prepare(
         source: a folder with train, validation and test in any form that `open_splits` knows.
         target: the data directory; every machine that does a part of the work must see it, and the source, under the same path.
         config: which datasets (all).
-        workers: processes of this machine (one a core).
-        beam: options of a Beam pipeline, such as `["--runner=FlinkRunner", ...]`, that does the work instead. Needs the extra `beam`.
+        workers: processes of this machine (one a core); 0 does the work in this one.
+        beam: options of a Beam pipeline, as `PipelineOptions` or such as `["--runner=FlinkRunner", ...]`, that does the work instead. Needs the extra `beam`.
         on_error: `raise` finishes what can be and then fails with all unusable rows, and the next call tries their files again; `skip`
             leaves these rows out, and broken descriptors out of rows.
         shard_rows: rows a file.
@@ -284,7 +287,10 @@ def _mended(folder: Path, jobs: Sequence[Job], workers: int | None, progress: Pr
 
 
 def _run_here(jobs: Sequence[Job], workers: int | None) -> None:
-    if jobs:
+    if workers == 0:
+        for job in jobs:
+            make_shard(job)
+    elif jobs:
         # spawn: a forked child of a process that already runs threads can deadlock
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(min(len(jobs), workers or os.cpu_count() or 1), context, initializer=_end_with_parent) as pool:
@@ -304,14 +310,15 @@ def _end_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _run_beam(jobs: Sequence[Job], options: Sequence[str]) -> None:
+def _run_beam(jobs: Sequence[Job], options: Sequence[str] | PipelineOptions) -> None:
     try:
         import apache_beam
         from apache_beam.options.pipeline_options import PipelineOptions
     except ImportError as reason:
         raise ImportError(f"Beam is in the extra `beam`: pip install 'omnisapiens-jax[beam]' ({reason})") from reason
     if jobs:
-        with apache_beam.Pipeline(options=PipelineOptions(list(options))) as pipeline:
+        options = options if isinstance(options, PipelineOptions) else PipelineOptions(list(options))
+        with apache_beam.Pipeline(options=options) as pipeline:
             # Reshuffle, or a runner fuses the steps and one worker does it all.
             _ = pipeline | apache_beam.Create(list(jobs)) | apache_beam.Reshuffle() | apache_beam.Map(make_shard)
 
@@ -408,7 +415,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("target", type=Path, nargs="?", help=f"data directory; the atlas comes into {records.NAME}/CONFIG/ there")
     parser.add_argument("--dataset", help="prepare this one alone")
     parser.add_argument("--exclude", default="", help="leave these out, a comma between them")
-    parser.add_argument("--workers", type=int, help="processes (one a core)")
+    parser.add_argument("--workers", type=int, help="processes (one a core; 0: this one)")
     parser.add_argument("--beam", help='let Beam do it, with these options: --beam="--runner=FlinkRunner --flink_master=HOST:PORT"')
     parser.add_argument("--on-error", choices=("raise", "skip"), default="raise", help="what rows that cannot be used do")
     parser.add_argument("--shard-rows", type=int, default=SHARD_ROWS, help="rows a file (%(default)s)")
