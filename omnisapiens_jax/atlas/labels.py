@@ -7,7 +7,6 @@ from functools import cached_property
 
 from omnisapiens_jax.atlas.schema import Sample
 
-
 _METRICS = {"emotion": "emotion_weighted_accuracy_mean", "sentiment_intensity": "F1w2", None: "judge_accuracy"}
 
 

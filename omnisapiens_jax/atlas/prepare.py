@@ -128,7 +128,8 @@ def prepare(
         target: the data directory; every machine that does a part of the work must see it, and the source, under the same path.
         config: which datasets (all).
         workers: processes of this machine (one a core); 0 does the work in this one.
-        beam: options of a Beam pipeline, as `PipelineOptions` or such as `["--runner=FlinkRunner", ...]`, that does the work instead. Needs the extra `beam`.
+        beam: options of a Beam pipeline that does the work instead, as `PipelineOptions` or such as `["--runner=FlinkRunner", ...]`. Needs
+            the extra `beam`.
         on_error: `raise` finishes what can be and then fails with all unusable rows, and the next call tries their files again; `skip`
             leaves these rows out, and broken descriptors out of rows.
         shard_rows: rows a file.

@@ -1,4 +1,4 @@
-"""A synthetic release of Human Behavior Atlas: its columns, its sixteen dataset keys and splits, files as it has them; content from templates.
+"""A synthetic release of Human Behavior Atlas: its columns, sixteen dataset keys, splits and kinds of files; content from templates.
 
 python -m tests.atlas.release FOLDER [--rows N] [--form parquet|tar|jsonl]
 """
