@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from omnisapiens_jax.atlas.schema import FEATURE_FIELDS, MEDIA_FIELDS, Sample, SampleError, sample_from_row
@@ -71,7 +72,7 @@ class JsonlSource:
         try:
             row = json.loads(line)
             problem = None if isinstance(row, dict) else f"is a JSON {type(row).__name__}, not an object"
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             row, problem = {}, f"is not JSON: {error}"
         if problem:
             raise SampleError(problem, kind="schema", file=str(self.path), row=index, dataset="?", field="(the line)")
@@ -122,9 +123,13 @@ class ParquetSource:
         group = int(np.searchsorted(self._starts, index, side="right")) - 1
         shard, _, _ = self._groups[group]
         offset = index - int(self._starts[group])
-        with self._lock:
-            light, heavy = self._light_columns(group), self._media_columns(group)
-        row = {name: table[name][offset].as_py() for table in (light, heavy) for name in table.column_names}
+        try:
+            with self._lock:
+                light, heavy = self._light_columns(group), self._media_columns(group)
+            row = {name: table[name][offset].as_py() for table in (light, heavy) for name in table.column_names}
+        except (OSError, ValueError, pa.ArrowException) as error:  # a page that is broken, text that is not UTF-8
+            reason, file = f"cannot be read: {error}", str(self.paths[shard])
+            raise SampleError(reason, kind="schema", file=file, row=index, dataset="?", field="(the row)") from error
         return sample_from_row(row, file=str(self.paths[shard]), index=index, root=None)
 
     def fingerprint(self) -> str:

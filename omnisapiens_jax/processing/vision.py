@@ -72,6 +72,12 @@ def patchify(frames: np.ndarray, config: VisionConfig, *, min_pixels: int, max_p
     return np.ascontiguousarray(blocks).reshape(steps * h * w, config.patch_dim), grid
 
 
+def black_patches(grid: tuple[int, int, int], config: VisionConfig) -> np.ndarray:
+    """Patches `[t * h * w, patch_dim]` float32 of black frames: what `patchify` gives for zeros."""
+    patch = np.repeat((np.float32(0.0) - MEAN) / STD, config.patch_dim // 3)  # a patch is flattened channel first
+    return np.tile(patch, (math.prod(grid), 1))
+
+
 def window_slots(rows: int, columns: int, side: int) -> tuple[np.ndarray, int, int]:
     """Window and place in it `[rows * columns, 2]` of every cell in reading order, the number of windows, the cells of the largest.
 
