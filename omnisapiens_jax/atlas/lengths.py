@@ -123,7 +123,7 @@ def _save(path: Path, rows: Sequence[_Row]) -> None:
     plain = []
     for row in rows:
         faults = _faults(row)  # also of a row that is fed with stand-ins: it is measured again, in case it was mended
-        plain.append(as_record(faults[0]) if faults else row and (row.signature, row.size, row.excess))
+        plain.append(as_record(faults[0]) if faults else dataclasses.astuple(row)[:3] if isinstance(row, _Measured) else None)
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_suffix(f".{os.getpid()}.part")
     draft.write_text(json.dumps(plain))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import threading
 from collections import OrderedDict
 from pathlib import Path
@@ -95,8 +96,11 @@ class ParquetSource:
         self._cached_groups = cached_groups
         digest, groups = hashlib.sha256(), []
         for number, path in enumerate(self.paths):
-            metadata = pq.read_metadata(path)
-            digest.update(f"{path.name} {path.stat().st_size} {metadata.to_dict()}".encode())
+            try:
+                metadata = pq.read_metadata(path)
+                digest.update(f"{path.name} {path.stat().st_size} ".encode() + _footer(path, metadata.serialized_size))
+            except (OSError, ValueError, pa.ArrowException) as error:
+                raise ValueError(f"{path}: not a readable parquet file, perhaps cut off; copy it again ({error})") from error
             groups += [(number, g, metadata.row_group(g).num_rows) for g in range(metadata.num_row_groups)]
         self._groups = groups
         self._starts = np.cumsum([0] + [rows for *_, rows in groups])
@@ -155,6 +159,13 @@ class ParquetSource:
             heavy = {*MEDIA_FIELDS, *FEATURE_FIELDS}
             names = [name for name in file.schema_arrow.names if (name in heavy) == media]
             return file.read_row_group(number, columns=names)
+
+
+def _footer(path: Path, size: int) -> bytes:
+    """The bytes of a parquet file's footer. (Arrow's reading of all that it says can abort the process when it is broken.)"""
+    with path.open("rb") as file:
+        file.seek(-size - 8, os.SEEK_END)  # its length and a magic word follow it
+        return file.read(size)
 
 
 def _checked(index: int, length: int) -> int:

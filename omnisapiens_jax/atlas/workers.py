@@ -36,6 +36,7 @@ from omnisapiens_jax.processing.example import Bucket, Example
 DEADLINE = 60.0  # seconds
 MEMORY = 2**32  # bytes
 
+_TOO_LARGE = "needs more memory to be decoded than there is"
 _SMALL = 2**16  # bytes of arrays up to which an answer goes through the socket
 _ALIGNED = 64
 _GLANCE = 0.5  # seconds between two looks whether the run has ended
@@ -81,7 +82,10 @@ class Decoder:
         return example, replaced or []
 
     def _read(self, row: int, told: Callable[[Sample], None] | None) -> Sample:
-        sample = self.source[row]
+        try:
+            sample = self.source[row]
+        except MemoryError:
+            raise SampleError(_TOO_LARGE, kind="memory", file="?", row=row, dataset="?", field="(the row)") from None
         if told:
             told(sample)
         return sample
@@ -174,7 +178,7 @@ def _within_memory(sample: Sample, work: Callable[[], Any]) -> Any:
     try:
         return work()
     except MemoryError:
-        raise sample.error("needs more memory than there is to decode it", kind="memory", field="media") from None
+        raise sample.error(_TOO_LARGE, kind="memory", field="media") from None
 
 
 def _waiting(attempt: Callable[[], Any], nothing: type[BaseException]) -> Any:
@@ -246,13 +250,15 @@ class _Worker:
     def _start(self) -> None:
         ours, theirs = socket.socketpair()
         call = f"from omnisapiens_jax.atlas.workers import _serve; _serve({theirs.fileno()}, {self._memory}, {os.getpid()})"
-        threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS"), "1")
+        # Rows are what is worked on in parallel. Arrow's own allocator takes a gigabyte at once, which the bound would count.
+        changed = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS"), "1")
+        changed["ARROW_DEFAULT_MEMORY_POOL"] = "system"
         with theirs:
             self._process = subprocess.Popen(
                 [sys.executable, "-c", f"import sys; sys.path[:] = {sys.path!r}; {call}"],
                 stdin=subprocess.DEVNULL,
                 pass_fds=(theirs.fileno(),),
-                env=os.environ | threads,  # rows are what is worked on in parallel
+                env=os.environ | changed,
             )
         self._socket, self._known = ours, {}
         try:

@@ -255,8 +255,7 @@ class _Reader:
         bounds = self._bounds(kind)
         if self.decode:
             try:
-                frames = self._frames(kind, source, name)
-                self.visuals.append(_named(name, lambda: patchify(frames, self.config.vision, **bounds)))
+                self.visuals.append(_named(name, lambda: patchify(self._frames(kind, source, name), self.config.vision, **bounds)))
             except MediaError as reason:
                 grid = self._stand_in(reason, self._grid_or_default(kind, source, name))
                 self.visuals.append((black_patches(grid, self.config.vision), grid))
@@ -281,11 +280,12 @@ class _Reader:
         return media.decode_video(source, frames=self.options.video_frames, name=name)
 
     def _grid(self, kind: str, source: Source, name: str) -> Grid:
+        return _named(name, lambda: grid_of(*self._shape(kind, source, name), self.config.vision, **self._bounds(kind)))
+
+    def _shape(self, kind: str, source: Source, name: str) -> tuple[int, int, int]:
         if kind == "image":
-            shape = media.image_shape(source, name=name)
-        else:
-            shape = media.video_shape(source, frames=self.options.video_frames, name=name)
-        return _named(name, lambda: grid_of(*shape, self.config.vision, **self._bounds(kind)))
+            return media.image_shape(source, name=name)
+        return media.video_shape(source, frames=self.options.video_frames, name=name)
 
     def _grid_or_default(self, kind: str, source: Source, name: str) -> Grid:
         try:

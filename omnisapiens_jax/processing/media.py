@@ -134,6 +134,8 @@ def _count_frames(raw: io.BytesIO, name: str) -> int:
         if not container.streams.video:
             raise MediaError(name, "has no video stream, or is cut off before its index")
         stream = container.streams.video[0]
+        if stream.codec_context is None:
+            raise MediaError(name, "its video has a codec that is not known")
         total = sum(1 for packet in container.demux(stream) if packet.size and not packet.is_discard)
         if total < stream.frames:
             raise MediaError(name, f"truncated video (the header promises {stream.frames} frames, the file holds {total})")

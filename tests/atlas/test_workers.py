@@ -38,6 +38,13 @@ def pool():
     pool.close()
 
 
+def started(work):
+    """The processes that some work starts."""
+    before = set(psutil.Process().children())
+    work()
+    return set(psutil.Process().children()) - before
+
+
 def test_an_example_that_was_built_elsewhere_is_the_same(atlas, pool):
     here = Decoder(open_source(atlas), recipe())
     there = IsolatedDecoder(here, pool)
@@ -72,8 +79,7 @@ def test_what_ends_a_worker_is_one_samples_fault(atlas, pool, deed, kind, phrase
 def test_a_worker_killed_while_idle_is_replaced(atlas):
     pool = WorkerPool(1)
     decoder = IsolatedDecoder(Decoder(open_source(atlas), recipe()), pool)
-    decoder.build(1)
-    (child,) = psutil.Process().children()[-1:]
+    (child,) = started(lambda: decoder.build(1))
     child.kill()
     child.wait()
     decoder.build(1)
@@ -117,8 +123,7 @@ def test_many_threads_share_few_workers(atlas):
 def test_a_closed_pool_leaves_no_process_and_no_waiting_thread(atlas):
     pool = WorkerPool(1)
     decoder = IsolatedDecoder(Decoder(open_source(atlas), planted(hang=4)), pool)
-    decoder.build(0)
-    (child,) = psutil.Process().children()[-1:]
+    (child,) = started(lambda: decoder.build(0))
     ended = []
 
     def wait():
@@ -167,8 +172,7 @@ def test_workers_end_with_the_run_even_while_they_hang(atlas, end):
 
 def test_a_worker_does_not_load_jax(atlas):
     pool = WorkerPool(1)
-    IsolatedDecoder(Decoder(open_source(atlas), recipe()), pool).build(2)
-    (child,) = psutil.Process().children()[-1:]
+    (child,) = started(lambda: IsolatedDecoder(Decoder(open_source(atlas), recipe()), pool).build(2))
     loaded = {Path(file.path).name for file in child.memory_maps()}
     pool.close()
     assert not [name for name in loaded if "jaxlib" in name or "xla" in name]
