@@ -43,9 +43,13 @@ def base(size: str) -> ConfigDict:
             "max_tokens": 256 if mini else 4096,
             "batches": "mixed" if mini else "homogeneous",
             "buckets": 1 if mini else 8,
+            # A row that cannot be used: raise stops the run, skip leaves it out, zero feeds silence and black for its media.
             "on_error": "raise" if mini else "skip",
+            "quarantine": "",  # a run's quarantine.jsonl, whose rows are left out
             "cache_bytes": 2**31 if mini else 0,
-            "workers": 0,
+            "workers": 0,  # processes that decode and that a broken file may crash; 0 decodes in the run's own
+            "deadline": 60.0,  # seconds that a worker may take for a row
+            "worker_bytes": 2**32,  # that it may allocate
         }
     )
     pixels = 56 * 56 if mini else 147_456

@@ -26,12 +26,11 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from omnisapiens_jax.atlas import records
 from omnisapiens_jax.atlas.faults import BadSamples, FaultLog
 from omnisapiens_jax.atlas.labels import HBA
-from omnisapiens_jax.atlas.lengths import Policy
 from omnisapiens_jax.atlas.records import Receipt, Shard
 from omnisapiens_jax.atlas.schema import SampleError
 from omnisapiens_jax.atlas.sources import open_source, open_splits
@@ -113,7 +112,7 @@ def prepare(
     *,
     workers: int | None = None,
     beam: Sequence[str] | PipelineOptions | None = None,
-    on_error: Policy = "raise",
+    on_error: Literal["raise", "skip"] = "raise",
     shard_rows: int = SHARD_ROWS,
     progress: Progress | None = None,
 ) -> Path:

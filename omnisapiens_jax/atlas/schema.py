@@ -21,8 +21,9 @@ class SampleError(ValueError):
     """A row that cannot be used, with what a person needs to find and mend it.
 
     `kind` is one of `schema` (the row itself), `label` (answer outside the label scheme), `media` (a file that is missing or cannot be
-    decoded), `descriptor` (its file is broken), `placeholders` (tags and media items do not match) and `too_long` (no room left after
-    shortening the transcript).
+    decoded), `descriptor` (its file is broken), `placeholders` (tags and media items do not match), `too_long` (no room left after
+    shortening the transcript), and where rows are decoded in processes of their own `crash`, `timeout` and `memory`: what ended the
+    process.
     """
 
     def __init__(self, reason: str, *, kind: str, file: str, row: int, dataset: str, field: str) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from omnisapiens_jax.atlas import records
@@ -134,7 +135,7 @@ class JsonlSource:
         try:
             row = json.loads(line)
             problem = None if isinstance(row, dict) else f"is a JSON {type(row).__name__}, not an object"
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             row, problem = {}, f"is not JSON: {error}"
         if problem:
             raise SampleError(problem, kind="schema", file=str(self.path), row=index, dataset="?", field="(the line)")
@@ -164,8 +165,11 @@ class ParquetSource:
         self._cached_groups = cached_groups
         digest, groups = hashlib.sha256(), []
         for number, path in enumerate(self.paths):
-            metadata = pq.read_metadata(path)
-            digest.update(f"{path.name} {path.stat().st_size} {metadata.to_dict()}".encode())
+            try:
+                metadata = pq.read_metadata(path)
+                digest.update(f"{path.name} {path.stat().st_size} ".encode() + _footer(path, metadata.serialized_size))
+            except (OSError, ValueError, pa.ArrowException) as error:
+                raise ValueError(f"{path}: not a readable parquet file, perhaps cut off; copy it again ({error})") from error
             groups += [(number, g, metadata.row_group(g).num_rows) for g in range(metadata.num_row_groups)]
         self._groups = groups
         self._starts = np.cumsum([0] + [rows for *_, rows in groups])
@@ -192,17 +196,24 @@ class ParquetSource:
         group = int(np.searchsorted(self._starts, index, side="right")) - 1
         shard, _, _ = self._groups[group]
         offset = index - int(self._starts[group])
-        with self._lock:
-            light, heavy = self._light_columns(group), self._media_columns(group)
-        row = {name: table[name][offset].as_py() for table in (light, heavy) for name in table.column_names}
+        try:
+            with self._lock:
+                light, heavy = self._light_columns(group), self._media_columns(group)
+            row = {name: table[name][offset].as_py() for table in (light, heavy) for name in table.column_names}
+        except (OSError, ValueError, pa.ArrowException) as error:  # a page that is broken, text that is not UTF-8
+            reason, file = f"cannot be read: {error}", str(self.paths[shard])
+            raise SampleError(reason, kind="schema", file=file, row=index, dataset="?", field="(the row)") from error
         return sample_from_row(row, file=str(self.paths[shard]), index=index, root=None)
 
     def datasets(self) -> list[str]:
         """The dataset of every row, "" where the row does not say."""
-        names = []
-        for path in self.paths:
-            with pq.ParquetFile(path) as file:
-                rows = file.read(columns=["dataset"]).to_pylist()
+        names: list[str] = []
+        for shard, group, count in self._groups:
+            try:
+                with pq.ParquetFile(self.paths[shard]) as file:
+                    rows = file.read_row_group(group, columns=["dataset"]).to_pylist()
+            except (OSError, ValueError, pa.ArrowException):
+                rows = [{}] * count  # each row's own fault, told when it is read
             names += [name if isinstance(name := row.get("dataset"), str) else "" for row in rows]
         return names
 
@@ -265,6 +276,13 @@ class ArrayRecordSource:
     def fingerprint(self) -> str:
         """SHA-256 over the checksums of the shards."""
         return self._receipt.fingerprint(self.split)
+
+
+def _footer(path: Path, size: int) -> bytes:
+    """The bytes of a parquet file's footer. (Arrow's reading of all that it says can abort the process when it is broken.)"""
+    with path.open("rb") as file:
+        file.seek(-size - 8, os.SEEK_END)  # its length and a magic word follow it
+        return file.read(size)
 
 
 def _checked(index: int, length: int) -> int:

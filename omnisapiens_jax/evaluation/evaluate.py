@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -12,7 +11,6 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from omnisapiens_jax.atlas.schema import Sample
 from omnisapiens_jax.atlas.sources import Source
 from omnisapiens_jax.generation.sampling import Generator, rollout_keys
 from omnisapiens_jax.parallel.mesh import all_rows, put_batch
@@ -22,7 +20,6 @@ from omnisapiens_jax.rl.rewards import RewardConfig, extract_prediction
 
 SILENCE = -1.5  # log-mel of digital silence
 MODALITIES = ("text", "audio", "video")  # those that can be blanked
-_TRANSCRIPT = re.compile(r"(Transcript:)[^\n]*")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,24 +71,6 @@ def blank(batch: dict[str, np.ndarray], modality: str) -> dict[str, np.ndarray]:
     if modality == "video":
         return {**batch, "patches": np.zeros_like(batch["patches"])}
     raise ValueError(f"cannot blank {modality!r} in a batch: audio or video")
-
-
-@dataclasses.dataclass(frozen=True)
-class WithoutTranscripts:
-    """A source whose problems have lost the words of their transcript; question and options stay."""
-
-    source: Source
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __getitem__(self, index: int) -> Sample:
-        sample = self.source[index]
-        return dataclasses.replace(sample, problem=_TRANSCRIPT.sub(r"\1", sample.problem))
-
-    def fingerprint(self) -> str:
-        """Changes with the rows, and differs from that of the rows themselves."""
-        return f"{self.source.fingerprint()} without transcripts"
 
 
 def accuracy(answers: list[Answer]) -> float:

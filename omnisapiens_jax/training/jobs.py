@@ -16,6 +16,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
+from omnisapiens_jax.atlas.faults import Policy
 from omnisapiens_jax.atlas.plan import Index
 from omnisapiens_jax.evaluation.evaluate import MODALITIES, Answer, accuracy, answer_all, blank, load_answers, save_answers
 from omnisapiens_jax.evaluation.report import write_report
@@ -27,7 +28,7 @@ from omnisapiens_jax.rl.loss import PolicyLossConfig
 from omnisapiens_jax.rl.rewards import RewardConfig
 from omnisapiens_jax.rl.similarity import Similarity
 from omnisapiens_jax.training import rl, sft
-from omnisapiens_jax.training.data import Atlas, Rows
+from omnisapiens_jax.training.data import QUARANTINE, Atlas, Rows
 from omnisapiens_jax.training.journal import Compilations, console, progress, read_metrics
 from omnisapiens_jax.training.state import TrainState, create_state, make_optimizer, make_thinker, parameters, thinker_config
 
@@ -121,7 +122,7 @@ def run(config: ml_collections.ConfigDict, workdir: Path) -> None:
     else:
         console.quiet = True
     Compilations.watch()
-    atlas = Atlas(config, thinker_config(config.model))
+    atlas = Atlas(config, thinker_config(config.model), workdir)
     with on_mesh(mesh):
         graph, state = create_state(config.model, config.seed, mesh)
         size = sum(leaf.size for leaf in jax.tree.leaves(parameters(state)))
@@ -168,6 +169,7 @@ def check(config: ml_collections.ConfigDict, mesh: Mesh) -> None:
     wanted += [
         ("model.remat", config.model.remat, get_args(Remat)),
         ("processing.format_prompt", config.processing.format_prompt, FORMAT_PROMPTS),
+        ("atlas.on_error", config.atlas.on_error, get_args(Policy)),
     ]
     batches = [("eval_batch", config.eval_batch, 1, 1)]
     for name in ("warm_start", "rl", "sft"):
@@ -199,10 +201,10 @@ def check(config: ml_collections.ConfigDict, mesh: Mesh) -> None:
 def claim(workdir: Path, config: ml_collections.ConfigDict) -> None:
     """Writes the config into `workdir`, or checks that the run found there has the same one.
 
-    A run that ended before it made anything leaves nothing but its config, and the place free.
+    A run that ended before it made anything leaves nothing but its config and its list of bad rows, and the place free.
     """
     path, text = workdir / "config.json", config.to_json_best_effort(indent=2)
-    if not path.exists() or list(workdir.iterdir()) == [path]:
+    if not path.exists() or {*workdir.iterdir()} <= {path, workdir / QUARANTINE}:
         workdir.mkdir(parents=True, exist_ok=True)
         draft = path.with_suffix(".part")
         draft.write_text(text)

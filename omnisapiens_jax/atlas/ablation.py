@@ -1,0 +1,29 @@
+"""Sources that lack something: what a model does without it tells what it used."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+from omnisapiens_jax.atlas.schema import Sample
+from omnisapiens_jax.atlas.sources import Source
+
+_TRANSCRIPT = re.compile(r"(Transcript:)[^\n]*")
+
+
+@dataclasses.dataclass(frozen=True)
+class WithoutTranscripts:
+    """A source whose problems have lost the words of their transcript; question and options stay."""
+
+    source: Source
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> Sample:
+        sample = self.source[index]
+        return dataclasses.replace(sample, problem=_TRANSCRIPT.sub(r"\1", sample.problem))
+
+    def fingerprint(self) -> str:
+        """Changes with the rows, and differs from that of the rows themselves."""
+        return f"{self.source.fingerprint()} without transcripts"
