@@ -61,5 +61,7 @@ class Builder(FileReaderBuilder):
             raise ValueError(self.MANUAL_DOWNLOAD_INSTRUCTIONS)
         if download_config.beam_runner is not None:
             raise ValueError('name the runner in beam_options: PipelineOptions(["--runner=..."])')
-        config = prepare.Config(self.builder_config.name, self.builder_config.datasets)
-        prepare.prepare(Path(download_config.manual_dir), self.data_dir_root, config, beam=download_config.beam_options)
+        chosen = self.builder_config
+        assert isinstance(chosen, AtlasConfig)  # there is a default
+        config = prepare.Config(chosen.name, chosen.datasets)
+        prepare.prepare(Path(download_config.manual_dir), str(self.data_dir_root), config, beam=download_config.beam_options)

@@ -172,7 +172,7 @@ def prepare(
 
 def make_shard(job: Job) -> None:
     """Writes one file, then its receipt. Each appears whole; doing it again gives the same bytes."""
-    from array_record.python import array_record_module
+    from array_record.python import array_record_module  # pyright: ignore[reportAttributeAccessIssue]  # compiled, without types
 
     source = _opened(job.source)
     if source.fingerprint() != job.fingerprint:

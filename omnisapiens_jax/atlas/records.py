@@ -104,14 +104,11 @@ def encode(sample: Sample) -> tuple[bytes, list[SampleError]]:
 
 def decode(row: Mapping[str, Any], *, file: str, index: int) -> Sample:
     """The sample of a record as TFDS reads it. `file` and `index` are what errors about it will say."""
-    return Sample(
-        id=index,
-        file=file,
-        **{name: row[name].decode() for name in _TEXTS},
-        **{field: tuple(row[field]) for field in MEDIA_FIELDS},
-        **{field: (Descriptor(**row[name]),) if len(row[name]["pooled"]) else () for name, field in _DESCRIPTORS.items()},
-        names=tuple(name.decode() for name in row["names"]),
-    )
+    texts = {name: row[name].decode() for name in _TEXTS}
+    media = {field: tuple(row[field]) for field in MEDIA_FIELDS}
+    video, audio = ((Descriptor(**row[name]),) if len(row[name]["pooled"]) else () for name in _DESCRIPTORS)
+    names = tuple(name.decode() for name in row["names"])
+    return Sample(id=index, file=file, **texts, **media, ext_video_feats=video, ext_audio_feats=audio, names=names)
 
 
 def open_records(folder: Path, split: str) -> Sequence[Mapping[str, Any]]:

@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import importlib
 import json
 import os
 import signal
@@ -105,8 +106,8 @@ def test_tfds_reads_it_and_nothing_imports_tensorflow(prepared, release):
 def test_the_tfds_builder_prepares_and_reads_one_dataset(release, prepared, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(REPO / "data")
     import tensorflow_datasets as tfds
-    from human_behavior_atlas import human_behavior_atlas_dataset_builder as module
 
+    module = importlib.import_module("human_behavior_atlas.human_behavior_atlas_dataset_builder")
     monkeypatch.setattr(module.prepare, "prepare", functools.partial(prepare, workers=0))
     builder = module.Builder(config="meld_senti", data_dir=tmp_path)
     with pytest.raises(ValueError, match="manual_dir"):

@@ -3,12 +3,16 @@
 import dataclasses
 import json
 from collections import Counter
+from typing import Any
 
 import pytest
 
 from omnisapiens_jax.atlas.sources import open_splits
 from omnisapiens_jax.atlas.splits import FREE_TEXT, main, speaker, split_report
 from tests.atlas.release import script, torch_saved, write_release
+
+
+ROWS = 192
 
 
 class Rows(list):
@@ -21,7 +25,7 @@ class Rows(list):
 @pytest.fixture(scope="module")
 def release(tmp_path_factory):
     folder = tmp_path_factory.mktemp("release")
-    return folder, write_release(folder, 640, "tar")
+    return folder, write_release(folder, ROWS, "tar")
 
 
 @pytest.fixture(scope="module")
@@ -94,14 +98,17 @@ def test_without_names_the_descriptor_tells_what_file_it_is_of(splits):
         sample = splits[split][find(splits, split, "daicwoz")]
         return dataclasses.replace(sample, names=(), ext_audio_feats=(torch_saved({"file_path": path}),))
 
-    rows = {"train": Rows([parquet("train", "/data/301_AUDIO.wav")]), "test": Rows([parquet("test", "/elsewhere/301_P/301_AUDIO.wav")])}
+    rows: dict[str, Any] = {
+        "train": Rows([parquet("train", "/data/301_AUDIO.wav")]),
+        "test": Rows([parquet("test", "/elsewhere/301_P/301_AUDIO.wav")]),
+    }
     (leak,) = split_report(rows).leaks
     assert leak.what == "daicwoz participant 301"
 
 
 def test_rows_that_cannot_be_read_are_told(splits, tmp_path):
     i = find(splits, "train", "urfunny")
-    broken = {"train": Rows(splits["train"])}
+    broken: dict[str, Any] = {"train": Rows(splits["train"])}
     broken["train"][i] = dataclasses.replace(splits["train"][i], answer="hilarious", audios=(tmp_path / "gone.wav",))
     report = split_report(broken)
     assert report.counts["urfunny", "hilarious"] == {"train": 1}
@@ -112,11 +119,11 @@ def test_the_command_line_prints_and_writes(release, tmp_path, capsys):
     main([str(release[0]), "--json", str(tmp_path / "report.json")])
     assert "ptsd_in_the_wild" in capsys.readouterr().out
     plain = json.loads((tmp_path / "report.json").read_text())
-    assert sum(row.get(split, 0) for row in plain["counts"] for split in plain["splits"]) == 640
+    assert sum(row.get(split, 0) for row in plain["counts"] for split in plain["splits"]) == ROWS
     with pytest.raises(SystemExit, match="no atlas in"):
         main([str(tmp_path)])
 
 
 def test_the_synthetic_release_has_every_dataset_in_every_split():
-    for rows in script(640).values():
+    for rows in script(ROWS).values():
         assert len({row["dataset"] for row in rows}) == 16
