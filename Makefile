@@ -2,7 +2,7 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help rl learning test test-slow check venvs clean
+.PHONY: help rl learning test test-slow check venvs descriptors-env clean
 
 # Compiling takes most of a first run; the cache outlives the checkout, and small programs are kept too.
 export JAX_COMPILATION_CACHE_DIR ?= $(HOME)/.cache/omnisapiens_jax/jax
@@ -28,7 +28,7 @@ learning: .venv/.run ## three seeds of warm start, GRPO and SFT in runs/learning
 test: venvs ## all tests but the slow ones
 	$(PYTEST) -m "not slow"
 
-test-slow: venvs ## the slow tests: whole runs, long comparisons
+test-slow: venvs descriptors-env ## the slow tests: whole runs, long comparisons
 	$(PYTEST) -m slow
 
 bench: venvs ## speed and memory beside transformers on torch, as a table
@@ -41,8 +41,10 @@ check: .venv/.test ## lint, formatting and types
 
 venvs: .venv/.test .venv-oracle/.made ## the environments of the tests: ours, and that of the torch oracle
 
+descriptors-env: .venv-descriptors/.made ## MediaPipe and openSMILE in .venv-descriptors, for new descriptors (OPENSMILE=no leaves that out)
+
 clean: ## remove environments, caches and build products (runs/ stays)
-	rm -rf .venv .venv-oracle .pytest_cache .ruff_cache build dist
+	rm -rf .venv .venv-oracle .venv-descriptors .pytest_cache .ruff_cache build dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The first interpreter that is new enough and can make environments; 3.11 leads because constraints.txt was resolved there.
@@ -70,4 +72,19 @@ CONSTRAINED = $$($(PY) -c 'import sys; print("--constraint=constraints.txt" if s
 .venv-oracle/.made: tests/oracle-requirements.txt
 	@$(FIND_PYTHON); echo "Making .venv-oracle: transformers on torch, for the comparisons (once; 1 GB or more)"; $$python -m venv --clear .venv-oracle
 	@.venv-oracle/bin/python $(INSTALL) --requirement tests/oracle-requirements.txt
+	@touch $@
+
+# MediaPipe's last release with models inside has wheels for no later Python than 3.12.
+DESCRIPTORS := omnisapiens_jax/processing/descriptors
+OPENSMILE ?= yes
+
+.venv-descriptors/.made: $(DESCRIPTORS)/requirements.txt $(DESCRIPTORS)/requirements-opensmile.txt
+	@for python in $(PYTHON) python3.11 python3.12 python3; do \
+		if $$python -c 'import ensurepip, sys, venv; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' >/dev/null 2>&1; then break; fi; python=; done; \
+		if [ -z "$$python" ]; then echo "MediaPipe 0.10.21 needs Python 3.11 or 3.12; name one: make descriptors-env PYTHON=/path/to/python3.11" >&2; exit 1; fi; \
+		echo "Making .venv-descriptors (once; about 0.8 GB, a minute)"; $$python -m venv --clear .venv-descriptors
+	@.venv-descriptors/bin/python $(INSTALL) --no-deps --requirement $(DESCRIPTORS)/requirements.txt
+	@if [ "$(OPENSMILE)" = yes ]; then \
+		sed -n '/^#/s/^# //p' $(DESCRIPTORS)/requirements-opensmile.txt; \
+		.venv-descriptors/bin/python $(INSTALL) --no-deps --requirement $(DESCRIPTORS)/requirements-opensmile.txt; fi
 	@touch $@

@@ -41,12 +41,13 @@ def oracle_python() -> Path:
     return built
 
 
-def run_oracle(script: str, *, timeout: float = 540.0, **arguments: object) -> dict[str, np.ndarray]:
+def run_oracle(script: str, *, timeout: float = 540.0, python: Path | None = None, **arguments: object) -> dict[str, np.ndarray]:
     """Runs `tests/oracle_scripts/<script>.py` in the oracle's environment and returns the arrays it answers.
 
     Args:
         script: name of the script, without `.py`.
         timeout: seconds.
+        python: interpreter of another environment than the oracle's.
         **arguments: keyword arguments of the script's function: numpy arrays travel as `.npz`, everything else as JSON
             (so a tuple arrives as a list).
 
@@ -57,7 +58,7 @@ def run_oracle(script: str, *, timeout: float = 540.0, **arguments: object) -> d
     path = SCRIPTS / f"{script}.py"
     if not path.exists():
         raise FileNotFoundError(f"no oracle script {path}; there are {sorted(p.stem for p in SCRIPTS.glob('[!_]*.py'))}")
-    python = oracle_python()
+    python = python or oracle_python()
     arrays = {name: value for name, value in arguments.items() if isinstance(value, np.ndarray)}
     plain = {name: value for name, value in arguments.items() if name not in arrays}
     with tempfile.TemporaryDirectory(prefix="oracle-") as folder:

@@ -14,7 +14,7 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, Protocol
 
 import ml_dtypes
 import numpy as np
@@ -66,7 +66,7 @@ class HeldFile:
     def __str__(self) -> str:
         return self.name
 
-    def open(self, mode: str = "rb", buffering: int = -1) -> BinaryIO:
+    def open(self, mode: str = "rb", buffering: int = -1) -> io.BytesIO:
         """As a path is opened."""
         return io.BytesIO(self.content)
 

@@ -24,7 +24,7 @@ from typing import Any, BinaryIO
 import ml_dtypes
 import numpy as np
 
-from omnisapiens_jax.processing.tensors import ConversionError, File, HeldFile, HeldTensor, StoredTensor, as_bytes
+from omnisapiens_jax.processing.tensors import ConversionError, File, HeldTensor, StoredTensor, as_bytes
 
 _LONGEST_PICKLE = 8 << 20  # bytes; that of the largest shard of the family has about one MiB, and a hostile one takes 70 times its length
 # Arrays of numpy lie in the pickle itself, so one that holds them may be longer, if it is long because of them: of few instructions.
@@ -207,8 +207,8 @@ _Unpickler: Any = pickle._Unpickler  # pyright: ignore[reportAttributeAccessIssu
 _PLAIN = [
     getattr(pickle, name)[0]
     for name in (
-        "PROTO FRAME STOP MARK NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINFLOAT BINUNICODE SHORT_BINUNICODE BINBYTES SHORT_BINBYTES "
-        "EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_LIST APPEND APPENDS EMPTY_DICT "
+        "PROTO FRAME STOP MARK NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINFLOAT BINUNICODE SHORT_BINUNICODE "
+        "BINBYTES SHORT_BINBYTES EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_LIST APPEND APPENDS EMPTY_DICT "
         "MEMOIZE BINPUT LONG_BINPUT BINGET LONG_BINGET GLOBAL STACK_GLOBAL BINPERSID"
     ).split()
 ]

@@ -11,7 +11,6 @@ from omnisapiens_jax.atlas.sources import open_splits
 from omnisapiens_jax.atlas.splits import FREE_TEXT, main, speaker, split_report
 from tests.atlas.release import script, torch_saved, write_release
 
-
 ROWS = 192
 
 

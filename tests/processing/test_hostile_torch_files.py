@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import pickle
 import subprocess
@@ -131,7 +132,30 @@ def test_no_instruction_does_more_than_put_plain_things_together(tmp_path: Path,
 
 V2, V3, PARAMETER = (Name("torch._utils", f"_rebuild_{what}") for what in ("tensor_v2", "tensor_v3", "parameter"))
 SUBCLASS = Name("torch._tensor", "_rebuild_from_type_v2")
+
+
+def array(shape: Any = (3,), kind: str = "f4", order: Any = "<", content: Any = "\0" * 12) -> Call:
+    """An array of numpy as older protocols of pickle spell it."""
+    made = Call(Name("numpy.core.multiarray", "_reconstruct"), (Name("numpy", "ndarray"), (0,), "b"))
+    dtype = Call(Name("numpy", "dtype"), (kind, False, True), (3, order, None, None, None, -1, -1, 0))
+    return dataclasses.replace(made, state=(1, shape, dtype, False, Call(Name("_codecs", "encode"), (content, "latin1"))))
+
+
 TENSORS: dict[str, Any] = {
+    "an array of objects": array(kind="O8", order="|"),
+    "an array whose bytes are turned round": array(order=">"),
+    "an array of a structure": array(kind="V4", order="|"),
+    "an array larger than its bytes": array((4,)),
+    "an array far larger than its bytes": array((1 << 40,)),
+    "an array smaller than its bytes": array((2,)),
+    "an array of a negative axis": array((-3,)),
+    "an array of axes beyond all numbers, and nothing": array((1 << 47, 1 << 47, 0), content=""),
+    "an array of no shape": array([3]),
+    "an array of text that is no bytes": array(content=[1, 2, 3]),
+    "an array without state": Call(Name("numpy.core.multiarray", "_reconstruct"), (Name("numpy", "ndarray"), (0,), "b")),
+    "a number without bytes": Call(Name("numpy.core.multiarray", "scalar"), ()),
+    "a dtype of numpy alone": Call(Name("numpy", "dtype"), ("f4", False, True)),
+    "a text in an encoding": Call(Name("_codecs", "encode"), ("text", "latin1")),
     "larger than its storage": tensor((3, 5), (5, 1)),
     "beyond its storage": tensor(offset=1),
     "strides beyond its storage": tensor((2, 4), (9, 1)),
@@ -190,7 +214,11 @@ def taken(action: Callable[[], Any]) -> int:
 DEEP = pickle.EMPTY_TUPLE + pickle.TUPLE1 * 300_000
 DOUBLED = pickled("x") + b"".join(pickle.BINPUT + bytes([i]) + pickle.BINGET + bytes([i]) + pickle.TUPLE2 for i in range(60))
 ITSELF = pickle.BINPUT + b"\0" + pickle.BINGET + b"\0" + pickle.APPEND
+# A long text once, and a thousand arrays whose bytes it is.
+ONE_TEXT = pickled("\0" * 100_000) + pickle.BINPUT + b"\0" + pickle.BINPUT + b"\1"
+SAME = ONE_TEXT + pickle.EMPTY_LIST + pickle.MARK + pickled(array((25_000,), content=pickle.BINGET + b"\0")) * 1000 + pickle.APPENDS
 BOMBS: dict[str, tuple[Any, str]] = {
+    "a thousand arrays of the same bytes": (SAME, "an array without bytes of its own"),
     "a frame without end": (pickle.FRAME + (1 << 62).to_bytes(8, "little"), "is broken"),
     "a text without end": (pickle.BINUNICODE + b"\xff\xff\xff\xff" + b"text", "is broken"),
     "lists within lists": (pickle.EMPTY_LIST * 100_000 + pickle.APPEND * 99_999, "names of more than 500 characters"),

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 import pytest
 
-from omnisapiens_jax.processing.tensors import ConversionError
+from omnisapiens_jax.processing.tensors import ConversionError, HeldFile
 from omnisapiens_jax.processing.torch_files import read_torch_file, write_torch_file
 from tests.oracle import run_oracle
-from tests.pickles import stored
+from tests.pickles import archive, stored
 
 
 @pytest.fixture(scope="module")
@@ -88,3 +89,47 @@ def test_torch_reads_what_we_write(tmp_path: Path) -> None:
 def test_what_torch_cannot_hold_is_not_written(tmp_path: Path) -> None:
     with pytest.raises(ConversionError, match="z is complex64, which files of torch.save cannot hold"):
         write_torch_file(tmp_path / "ours.bin", {"z": np.zeros(2, np.complex64)})
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4])
+def test_arrays_of_numpy_are_read_from_the_pickle(tmp_path: Path, protocol: int) -> None:
+    """In either order of rows and columns, empty ones, and single numbers; another dict may be put around them."""
+    random = np.random.default_rng(0)
+    arrays = {
+        "wide": random.standard_normal((3, 5)).astype(np.float32),
+        "turned": np.asfortranarray(random.standard_normal((3, 5))),
+        "empty": np.zeros((0, 3), np.float32),
+        "whole": np.arange(-3, 300),
+        "bits": np.array([True, False]),
+        "point": np.array(2.5),
+        "bytes": np.arange(256, dtype=np.uint8),
+    }
+    program = pickle.dumps({"arrays": arrays, "number": np.int64(7)}, protocol)
+    found = read_torch_file(archive(tmp_path / "arrays.pt", program.removesuffix(pickle.STOP)))
+    assert found["number"] == 7 and list(found["arrays"]) == list(arrays)
+    for name, values in arrays.items():
+        held = found["arrays"][name]
+        assert (held.name, held.dtype) == (f"arrays.{name}", values.dtype)
+        np.testing.assert_array_equal(held.read(), values)
+
+
+def test_a_file_in_memory_is_read_as_one_on_disk(tmp_path: Path) -> None:
+    tensors = {"first": np.arange(12.0).reshape(3, 4), "second": np.ones(2, np.float16)}
+    write_torch_file(tmp_path / "ours.bin", tensors)
+    held = HeldFile("row 3", (tmp_path / "ours.bin").read_bytes())
+    (tmp_path / "ours.bin").unlink()
+    found = read_torch_file(held)
+    np.testing.assert_array_equal(found["first"].read(1, 3), tensors["first"][1:3])
+    np.testing.assert_array_equal(found["second"].read(), tensors["second"])
+    with pytest.raises(ConversionError, match="^row 3 is broken"):
+        read_torch_file(HeldFile("row 3", held.content[:-5]))
+
+
+def test_a_long_pickle_is_read_if_long_arrays_make_it_long(tmp_path: Path) -> None:
+    """Ten minutes of landmarks, say; but not as many small parts, each of which would take seventy times its length."""
+    values = np.random.default_rng(0).random((20_000, 200), np.float32)
+    program = pickle.dumps({"pose": values}, 2).removesuffix(pickle.STOP)
+    assert len(program) > 16 << 20
+    np.testing.assert_array_equal(read_torch_file(archive(tmp_path / "long.pt", program))["pose"].read(), values)
+    with pytest.raises(ConversionError, match="more than any file of tensors needs"):
+        read_torch_file(archive(tmp_path / "many.pt", program + pickle.EMPTY_LIST * 200_000))
