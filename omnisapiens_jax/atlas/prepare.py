@@ -32,8 +32,8 @@ from omnisapiens_jax.atlas import records
 from omnisapiens_jax.atlas.faults import BadSamples, FaultLog
 from omnisapiens_jax.atlas.labels import HBA
 from omnisapiens_jax.atlas.records import Receipt, Shard
-from omnisapiens_jax.atlas.schema import SampleError
-from omnisapiens_jax.atlas.sources import open_source, open_splits
+from omnisapiens_jax.atlas.schema import Sample, SampleError
+from omnisapiens_jax.atlas.sources import ParquetSource, open_source, open_splits
 
 if TYPE_CHECKING:
     from apache_beam.options.pipeline_options import PipelineOptions
@@ -85,6 +85,7 @@ class Job:
     rows: tuple[int, ...]
     folder: str
     receipts: str
+    descriptors: str | None
 
     @property
     def file(self) -> str:
@@ -110,6 +111,7 @@ def prepare(
     target: str | Path,
     config: Config | None = None,
     *,
+    descriptors: str | Path | None = None,
     workers: int | None = None,
     beam: Sequence[str] | PipelineOptions | None = None,
     on_error: Literal["raise", "skip"] = "raise",
@@ -126,6 +128,8 @@ def prepare(
         source: a folder with train, validation and test in any form that `open_splits` knows.
         target: the data directory; every machine that does a part of the work must see it, and the source, under the same path.
         config: which datasets (all).
+        descriptors: what `omnisapiens_jax.processing.descriptors` made of the release's media, `pose/NAME.npz` and `opensmile/NAME.npz`.
+            They take the place of the release's, whose sounds have no low-level descriptors. Not for parquet, which names no media.
         workers: processes of this machine (one a core); 0 does the work in this one.
         beam: options of a Beam pipeline that does the work instead, as `PipelineOptions` or such as `["--runner=FlinkRunner", ...]`. Needs
             the extra `beam`.
@@ -141,7 +145,7 @@ def prepare(
     """
     config = config or Config.of()
     folder = config.folder(target)
-    plan, rows = _plan(Path(source), config, shard_rows)
+    plan, rows = _plan(Path(source), config, shard_rows, descriptors)
     whole = folder.is_dir()
     half, receipts = folder.with_name(f"{folder.name}.part"), folder.with_name(f"{folder.name}.receipts")
     if whole:
@@ -150,7 +154,7 @@ def prepare(
         half.mkdir(parents=True, exist_ok=True)
         receipts.mkdir(exist_ok=True)
         _note_plan(receipts / "plan.json", plan, half)
-    jobs = _jobs(Path(source), plan, rows, folder if whole else half, receipts)
+    jobs = _jobs(Path(source), plan, rows, folder if whole else half, receipts, descriptors)
     if whole:
         return _mended(folder, jobs, workers, progress)
     unfinished = [job for job in jobs if (shard := job.finished()) is None or (shard.faults and on_error == "raise")]
@@ -182,7 +186,7 @@ def make_shard(job: Job) -> None:
         writer = array_record_module.ArrayRecordWriter(str(draft), "group_size:1")  # one record can be read alone
         for row in job.rows:
             try:
-                sample = source[row]
+                sample = source[row] if job.descriptors is None else _described(source[row], Path(job.descriptors))
                 record, broken = records.encode(sample)
             except SampleError as error:
                 faults.append(error)
@@ -197,6 +201,17 @@ def make_shard(job: Job) -> None:
         shard = Shard(job.file, draft.stat().st_size, _sha256(draft), tuple(datasets), (counts[0], counts[1]), tuple(faults))
     with _draft(job.receipt) as draft:
         draft.write_text(json.dumps(shard.to_json()))
+
+
+def _described(sample: Sample, descriptors: Path) -> Sample:
+    """The sample with the descriptors of its first video and first sound (or the video's own) that the folder has."""
+    videos = sample.names[len(sample.images) :][: len(sample.videos)]
+    audios = sample.names[len(sample.images) + len(sample.videos) :]
+    found = {}
+    for field, kind, names in (("ext_video_feats", "pose", videos), ("ext_audio_feats", "opensmile", audios or videos)):
+        if names and (path := descriptors / kind / f"{names[0]}.npz").is_file():
+            found[field] = (path,)
+    return dataclasses.replace(sample, **found)
 
 
 def damaged(folder: str | Path, progress: Progress | None = None) -> list[str]:
@@ -233,7 +248,7 @@ def summary(folder: str | Path) -> str:
     return "\n".join(lines)
 
 
-def _plan(source: Path, config: Config, shard_rows: int) -> tuple[dict[str, Any], dict[str, list[int]]]:
+def _plan(source: Path, config: Config, shard_rows: int, descriptors: str | Path | None) -> tuple[dict[str, Any], dict[str, list[int]]]:
     """What decides every byte, as plain data, and the rows of each split that take part. Rows of no known dataset do: they are told of."""
     if shard_rows < 1:
         raise ValueError(f"{shard_rows} rows a file")
@@ -244,7 +259,20 @@ def _plan(source: Path, config: Config, shard_rows: int) -> tuple[dict[str, Any]
     if not rows:
         raise ValueError(f"{source} has no row of {', '.join(config.datasets)}")
     fingerprints = {split: splits[split].fingerprint() for split in rows}
-    return {"format": _FORMAT, "config": dataclasses.asdict(config), "shard_rows": shard_rows, "splits": fingerprints}, rows
+    plan = {"format": _FORMAT, "config": dataclasses.asdict(config), "shard_rows": shard_rows, "splits": fingerprints}
+    if descriptors is not None:
+        if any(isinstance(splits[split], ParquetSource) for split in rows):
+            raise ValueError(f"{source} is parquet, which does not name its media: descriptors of their own need the release with tars")
+        plan["descriptors"] = _listing(Path(descriptors))
+    return plan, rows
+
+
+def _listing(descriptors: Path) -> str:
+    """SHA-256 over the names and sizes of the descriptors in a folder."""
+    files = sorted(path for kind in ("pose", "opensmile") for path in (descriptors / kind).rglob("*.npz"))
+    if not files:
+        raise FileNotFoundError(f"no descriptors in {descriptors}: expected pose/NAME.npz and opensmile/NAME.npz")
+    return hashlib.sha256("".join(f"{path.relative_to(descriptors)} {path.stat().st_size}\n" for path in files).encode()).hexdigest()
 
 
 def _note_plan(path: Path, plan: Mapping[str, Any], half: Path) -> None:
@@ -258,16 +286,18 @@ def _note_plan(path: Path, plan: Mapping[str, Any], half: Path) -> None:
 def _same_plan(found: Mapping[str, Any], plan: Mapping[str, Any], folder: Path) -> None:
     plan = json.loads(json.dumps(plan))
     if found != plan:
-        changed = ", ".join(key for key in plan if found.get(key) != plan[key])
+        changed = ", ".join(sorted(key for key in {**plan, **found} if found.get(key) != plan.get(key)))
         raise ValueError(f"{folder} is of another source or other arguments (different: {changed}): remove it, or choose another target")
 
 
-def _jobs(source: Path, plan: Mapping[str, Any], rows: Mapping[str, list[int]], folder: Path, receipts: Path) -> list[Job]:
-    jobs = []
+def _jobs(
+    source: Path, plan: Mapping[str, Any], rows: Mapping[str, list[int]], folder: Path, receipts: Path, descriptors: str | Path | None
+) -> list[Job]:
+    jobs, described = [], None if descriptors is None else str(descriptors)
     for split, kept in rows.items():
         cuts = [tuple(kept[i : i + plan["shard_rows"]]) for i in range(0, len(kept), plan["shard_rows"])]
         jobs += [
-            Job(str(source / split), plan["splits"][split], split, number, len(cuts), cut, str(folder), str(receipts))
+            Job(str(source / split), plan["splits"][split], split, number, len(cuts), cut, str(folder), str(receipts), described)
             for number, cut in enumerate(cuts)
         ]
     return jobs
@@ -415,6 +445,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("target", type=Path, nargs="?", help=f"data directory; the atlas comes into {records.NAME}/CONFIG/ there")
     parser.add_argument("--dataset", help="prepare this one alone")
     parser.add_argument("--exclude", default="", help="leave these out, a comma between them")
+    parser.add_argument(
+        "--descriptors", type=Path, help="what omnisapiens_jax.processing.descriptors made of the media; instead of the release's"
+    )
     parser.add_argument("--workers", type=int, help="processes (one a core; 0: this one)")
     parser.add_argument("--beam", help='let Beam do it, with these options: --beam="--runner=FlinkRunner --flink_master=HOST:PORT"')
     parser.add_argument("--on-error", choices=("raise", "skip"), default="raise", help="what rows that cannot be used do")
@@ -430,6 +463,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 arguments.source,
                 arguments.target,
                 Config.of(arguments.dataset, [name.strip() for name in arguments.exclude.split(",") if name.strip()]),
+                descriptors=arguments.descriptors,
                 workers=arguments.workers,
                 beam=None if arguments.beam is None else shlex.split(arguments.beam),
                 on_error=arguments.on_error,

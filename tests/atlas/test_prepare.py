@@ -245,6 +245,33 @@ def test_unusable_rows_are_all_told_and_mended_ones_are_taken(loose, tmp_path):
     assert len(open_source(prepare(loose, tmp_path / "out", workers=0, shard_rows=10) / "train")) == len(rows)
 
 
+def test_descriptors_of_our_own_take_the_place_of_the_releases(release, prepared, tmp_path):
+    rows = [row for row in release[1]["train"] if row["dataset"] == "urfunny"]
+    (video, _), (sound, _) = rows[0]["videos"][0], rows[0]["audios"][0]
+    low_level, times = np.arange(130, dtype=np.float32).reshape(2, 65), np.array([0.03, 0.04], np.float32)
+    arrays = {"features": np.full((1, 6373), 3, np.float32), "low_level": low_level, "times": times}
+    points = {name: np.full((1, n, 3), 0.5, np.float32) for name, n in (("pose", 33), ("face", 478), ("left_hand", 21), ("right_hand", 21))}
+    for path, content in ((f"opensmile/{sound}.npz", arrays), (f"pose/{video}.npz", {**points, "times": times[:1]})):
+        (tmp_path / path).parent.mkdir(parents=True)
+        np.savez(tmp_path / path, **content)
+    folder = prepare(release[0], tmp_path / "out", Config.of("urfunny"), descriptors=tmp_path, workers=0)
+    ours, theirs = open_source(folder / "train"), open_source(prepared / "train")
+    theirs = [theirs[i] for i in range(len(theirs)) if theirs.datasets()[i] == "urfunny"]
+    (seen,), (heard,) = ours[0].ext_video_feats, ours[0].ext_audio_feats
+    assert isinstance(seen, Descriptor) and isinstance(heard, Descriptor)
+    np.testing.assert_array_equal(heard.frames, low_level)
+    np.testing.assert_array_equal(heard.times, times)
+    np.testing.assert_array_equal(seen.frames, np.full((1, 1659), 0.5))
+    for a, b in zip([ours[i] for i in range(1, len(ours))], theirs[1:], strict=True):
+        for mine, released in zip(a.ext_audio_feats, b.ext_audio_feats, strict=True):
+            assert isinstance(mine, Descriptor) and isinstance(released, Descriptor)
+            np.testing.assert_array_equal(mine.pooled, released.pooled)
+    with pytest.raises(ValueError, match="different: descriptors"):
+        prepare(release[0], tmp_path / "out", Config.of("urfunny"), workers=0)
+    with pytest.raises(FileNotFoundError, match="no descriptors in"):
+        prepare(release[0], tmp_path / "other", descriptors=tmp_path / "nothing", workers=0)
+
+
 def test_another_source_or_other_arguments_do_not_mix(release, loose, tmp_path):
     edit_row(loose / TRAIN, 0, dataset="mosei_senti", problem="changed")
     folder = prepare(release[0], tmp_path, Config.of("tess"), workers=0, shard_rows=10)
