@@ -169,7 +169,7 @@ def prepare(
     faults = FaultLog(fault for shards in receipt.splits.values() for shard in shards for fault in shard.faults)
     if faults and on_error == "raise":
         raise BadSamples(f"{faults.report()}\nMend these rows and run this again, or leave them out: on_error='skip' (--on-error=skip)")
-    _publish(receipt, config, half, folder)
+    _publish(receipt, half, folder)
     shutil.rmtree(receipts)
     return folder
 
@@ -181,24 +181,23 @@ def make_shard(job: Job) -> None:
     source = _opened(job.source)
     if source.fingerprint() != job.fingerprint:
         raise ValueError(f"{job.source} changed while it was prepared: remove {job.folder} and {job.receipts} and start again")
-    datasets, counts, faults = [], [0, 0], []
+    datasets, described, faults = [], [], []
     with _draft(Path(job.folder) / job.file) as draft:
         writer = array_record_module.ArrayRecordWriter(str(draft), "group_size:1")  # one record can be read alone
         for row in job.rows:
             try:
                 sample = source[row] if job.descriptors is None else _described(source[row], Path(job.descriptors))
-                record, broken = records.encode(sample)
+                encoded = records.encode(sample)
             except SampleError as error:
                 faults.append(error)
                 continue
-            writer.write(record)
+            writer.write(encoded.record)
             datasets.append(sample.dataset)
-            faults += broken
-            left_out = {fault.field for fault in broken}
-            for i, (field, items) in enumerate((("ext_video_feats", sample.ext_video_feats), ("ext_audio_feats", sample.ext_audio_feats))):
-                counts[i] += bool(items) and field not in left_out
+            described.append(encoded.descriptors)
+            faults += encoded.faults
         writer.close()
-        shard = Shard(job.file, draft.stat().st_size, _sha256(draft), tuple(datasets), (counts[0], counts[1]), tuple(faults))
+        counts = sum(video for video, _ in described), sum(audio for _, audio in described)
+        shard = Shard(job.file, draft.stat().st_size, _sha256(draft), tuple(datasets), counts, tuple(faults))
     with _draft(job.receipt) as draft:
         draft.write_text(json.dumps(shard.to_json()))
 
@@ -387,7 +386,7 @@ def _collected(plan: Mapping[str, Any], jobs: Sequence[Job]) -> Receipt:
     return Receipt(plan, splits)
 
 
-def _publish(receipt: Receipt, config: Config, half: Path, folder: Path) -> None:
+def _publish(receipt: Receipt, half: Path, folder: Path) -> None:
     """Adds what TFDS and we read, clears away the drafts of killed workers, and puts the folder in its place."""
     tfds = records.tfds()
     tfds.folder_dataset.write_metadata(

@@ -78,8 +78,23 @@ def _serializer() -> Any:
     return example_serializer.ExampleSerializer(features().get_serialized_info())
 
 
-def encode(sample: Sample) -> tuple[bytes, list[SampleError]]:
-    """The record of a sample, the same bytes every time, and the descriptors that had to be left out of it because they are broken.
+@dataclasses.dataclass(frozen=True)
+class Encoded:
+    """A sample as a record.
+
+    Attributes:
+        record: the bytes.
+        descriptors: whether it has a video and an audio descriptor.
+        faults: the descriptors that had to be left out of it because they are broken.
+    """
+
+    record: bytes
+    descriptors: tuple[bool, bool]
+    faults: tuple[SampleError, ...]
+
+
+def encode(sample: Sample) -> Encoded:
+    """The record of a sample, the same bytes every time.
 
     A descriptor file that does not exist is no fault: rows of the benchmark name files that were never made.
 
@@ -97,9 +112,10 @@ def encode(sample: Sample) -> tuple[bytes, list[SampleError]]:
             faults.append(sample.error(str(reason), kind="descriptor", field=field))
             descriptor = None
         row[name] = vars(descriptor or Descriptor(_NOTHING, np.zeros((0, _FRAME_WIDTHS[name]), np.float32), _NOTHING))
+    video, audio = (len(row[name]["pooled"]) > 0 for name in _DESCRIPTORS)
     # Map fields of a protocol buffer have no order of their own.
     example = _serializer().get_tf_example(features().encode_example(row))
-    return example.SerializeToString(deterministic=True), faults
+    return Encoded(example.SerializeToString(deterministic=True), (video, audio), tuple(faults))
 
 
 def decode(row: Mapping[str, Any], *, file: str, index: int) -> Sample:

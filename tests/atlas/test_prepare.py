@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from omnisapiens_jax.atlas.faults import BadSamples
-from omnisapiens_jax.atlas.prepare import Config, damaged, main, prepare
+from omnisapiens_jax.atlas.prepare import Config, damaged, main, prepare, summary
 from omnisapiens_jax.atlas.sources import ArrayRecordSource, open_source, open_splits
 from omnisapiens_jax.processing.descriptors.read import Descriptor
 from tests.atlas.release import TEXTS, sounds_described, torch_saved, videos_described, write_release
@@ -282,6 +282,14 @@ def test_another_source_or_other_arguments_do_not_mix(release, loose, tmp_path):
     assert damaged(folder) == []
     with pytest.raises(SystemExit, match="no atlas in"):
         main([str(tmp_path / "nothing"), str(tmp_path / "out")])
+
+
+def test_the_summary_counts_what_is_there(release, prepared):
+    rows = release[1]["train"]
+    seen = sum(data != videos_described()[3] for row in rows for _, data in row["ext_video_feats"])
+    heard = sum(len(row["ext_audio_feats"]) for row in rows)
+    line = summary(prepared).splitlines()[0]
+    assert f"train: {len(rows)} rows of 16 datasets" in line and f"descriptors: {seen} video, {heard} audio; 0 rows at fault" in line
 
 
 def test_progress_ends_at_all_rows(release, tmp_path):
