@@ -120,8 +120,8 @@ def encode(sample: Sample) -> Encoded:
 
 def decode(row: Mapping[str, Any], *, file: str, index: int) -> Sample:
     """The sample of a record as TFDS reads it. `file` and `index` are what errors about it will say."""
-    texts = {name: row[name].decode() for name in _TEXTS}
-    media = {field: tuple(row[field]) for field in MEDIA_FIELDS}
+    texts: dict[str, Any] = {name: row[name].decode() for name in _TEXTS}
+    media: dict[str, Any] = {field: tuple(row[field]) for field in MEDIA_FIELDS}
     video, audio = ((Descriptor(**row[name]),) if len(row[name]["pooled"]) else () for name in _DESCRIPTORS)
     names = tuple(name.decode() for name in row["names"])
     return Sample(id=index, file=file, **texts, **media, ext_video_feats=video, ext_audio_feats=audio, names=names)
