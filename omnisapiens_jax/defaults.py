@@ -37,15 +37,19 @@ def base(size: str) -> ConfigDict:
             "path": "",  # the folder of the splits; empty = the miniature atlas, made on first use
             "samples": 4500,  # of the miniature atlas
             "seed": 0,
-            "train": "train.jsonl",  # a .jsonl or .parquet file, or `train` for shards train-*.parquet
-            "validation": "validation.jsonl",
-            "test": "test.jsonl",
+            "train": "train",  # a split in any form that the folder has it, or a .jsonl or .parquet file
+            "validation": "validation",
+            "test": "test",
             "max_tokens": 256 if mini else 4096,
             "batches": "mixed" if mini else "homogeneous",
             "buckets": 1 if mini else 8,
+            # A row that cannot be used: raise stops the run, skip leaves it out, zero feeds silence and black for its media.
             "on_error": "raise" if mini else "skip",
+            "quarantine": "",  # a run's quarantine.jsonl, whose rows are left out
             "cache_bytes": 2**31 if mini else 0,
-            "workers": 0,
+            "workers": 0,  # processes that decode and that a broken file may crash; 0 decodes in the run's own
+            "deadline": 60.0,  # seconds that a worker may take for a row
+            "worker_bytes": 2**32,  # that it may allocate
         }
     )
     pixels = 56 * 56 if mini else 147_456

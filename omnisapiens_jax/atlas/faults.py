@@ -1,11 +1,21 @@
-"""Rows that could not be used: collected once each, counted by dataset and kind, never lost silently."""
+"""Rows that could not be used: collected once each, counted by dataset and kind, kept in a file, never lost silently."""
 
 from __future__ import annotations
 
+import fcntl
+import json
+import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, Literal
 
 from omnisapiens_jax.atlas.schema import SampleError
+from omnisapiens_jax.atlas.sources import Source
+
+# What a row that cannot be used does: stop the run, be left out, or, if only its media are at fault, be fed with silence and black.
+Policy = Literal["raise", "skip", "zero"]
+FIELDS = ("file", "row", "dataset", "field", "kind", "reason")  # of a fault, in the order of the quarantine list
 
 _SHOWN = 20
 
@@ -17,30 +27,100 @@ class BadSamples(ValueError):
 class FaultLog:
     """The faults of a run: one entry a row, however often the row comes round."""
 
-    def __init__(self, faults: Iterable[SampleError] = ()) -> None:
+    def __init__(self, faults: Iterable[SampleError] = (), *, quarantine: Path | None = None) -> None:
+        """Args:
+        faults: those there are from the start.
+        quarantine: the list of bad rows that every new fault is written to as well, see `read_quarantine`.
+        """
         self._faults: dict[tuple[str, int], SampleError] = {}
-        for fault in faults:
-            self.add(fault)
+        self._quarantine = quarantine
+        self.add(*faults)
 
     def __len__(self) -> int:
         return len(self._faults)
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[SampleError]:
         return iter(self._faults.values())
 
-    def add(self, fault: SampleError) -> None:
-        """Notes a fault; a row that is known already stays as it was first seen."""
-        self._faults.setdefault((fault.file, fault.row), fault)
+    def add(self, *faults: SampleError) -> None:
+        """Notes faults; a row that is known already stays as it was first seen."""
+        new: list[SampleError] = []
+        for fault in faults:
+            if self._faults.setdefault((fault.file, fault.row), fault) is fault:
+                new.append(fault)
+        if new and self._quarantine:
+            _append(self._quarantine, new)
 
     def counts(self) -> Counter[tuple[str, str]]:
         """Rows by (dataset, kind)."""
-        return Counter((fault.dataset, fault.kind) for fault in self)
+        return count(self)
 
-    def report(self) -> str:
-        """The counts, then the first faults in full."""
+    def report(self, *, zero: bool = False) -> str:
+        """The counts, then the first faults in full. With `zero`, bad media were replaced and only other faults lose rows."""
         if not self:
-            return "no sample was skipped"
-        counts = [f"  {dataset}: {count} {kind}" for (dataset, kind), count in sorted(self.counts().items())]
+            return "no sample was at fault"
+        replaced = sum(fault.kind == "media" for fault in self) if zero else 0
+        heads = [f"{len(self) - replaced} samples cannot be used"] if replaced < len(self) else []
+        heads += [f"{replaced} samples have media that cannot be decoded: silence or black stands in"] if replaced else []
+        counts = [f"  {dataset}: {number} {kind}" for (dataset, kind), number in sorted(self.counts().items())]
         shown = [f"  {fault}" for fault in list(self)[:_SHOWN]]
         more = [f"  ... and {len(self) - _SHOWN} more"] if len(self) > _SHOWN else []
-        return "\n".join([f"{len(self)} samples cannot be used", *counts, *shown, *more])
+        listed = [f"  all of them are listed in {self._quarantine}"] if self._quarantine else []
+        return "\n".join([", ".join(heads), *counts, *shown, *more, *listed])
+
+
+def count(faults: Iterable[SampleError]) -> Counter[tuple[str, str]]:
+    """Faults by (dataset, kind)."""
+    return Counter((fault.dataset, fault.kind) for fault in faults)
+
+
+def as_record(fault: SampleError) -> dict[str, Any]:
+    """A fault as plain JSON; `SampleError(**record)` is the way back."""
+    return {name: getattr(fault, name) for name in FIELDS}
+
+
+def read_quarantine(path: Path) -> list[SampleError]:
+    """The faults of a quarantine list: JSON lines of `file`, `row`, `dataset`, `field`, `kind` and `reason`.
+
+    Raises:
+        FileNotFoundError: there is no such list.
+        ValueError: a line is not one of such a list. (A last line without its end was cut off by a kill, and is passed over.)
+    """
+    *lines, _ = path.read_bytes().split(b"\n")
+    faults = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            faults.append(SampleError(**{name: json.loads(line)[name] for name in FIELDS}))
+        except (ValueError, KeyError, TypeError) as reason:
+            raise ValueError(f"{path}, line {number}: not a line of a quarantine list, which has {', '.join(FIELDS)} ({reason})") from None
+    return faults
+
+
+def quarantined_rows(path: Path, source: Source) -> frozenset[int]:
+    """Rows of a source that stand in a quarantine list. Raises as `read_quarantine` does."""
+    found = set()
+    for fault in read_quarantine(path):
+        if 0 <= fault.row < len(source) and Path(fault.file).resolve() == Path(_file(source, fault.row)).resolve():
+            found.add(fault.row)
+    return frozenset(found)
+
+
+def _file(source: Source, row: int) -> str:
+    try:
+        return source[row].file
+    except SampleError as fault:
+        return fault.file
+
+
+def _append(path: Path, faults: list[SampleError]) -> None:
+    """Writes what the list lacks, in one piece; other processes and hosts may do the same at the same time."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+b", buffering=0) as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # until it is closed
+        if path.stat().st_size:
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                file.truncate(path.read_bytes().rfind(b"\n") + 1)  # a kill or a full disk cut it off
+        known = {(fault.file, fault.row) for fault in read_quarantine(path)} if path.stat().st_size else set()
+        lines = [json.dumps(as_record(fault), ensure_ascii=False) + "\n" for fault in faults if (fault.file, fault.row) not in known]
+        file.write("".join(lines).encode())

@@ -6,26 +6,36 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
-from omnisapiens_jax.atlas.faults import BadSamples, FaultLog
+from omnisapiens_jax.atlas.faults import BadSamples, FaultLog, Policy, as_record
 from omnisapiens_jax.atlas.plan import Index
 from omnisapiens_jax.atlas.recipe import Recipe
-from omnisapiens_jax.atlas.schema import Sample, SampleError
+from omnisapiens_jax.atlas.schema import SampleError
 from omnisapiens_jax.atlas.sources import Source
+from omnisapiens_jax.atlas.workers import DEADLINE, MEMORY, Decoder, IsolatedDecoder, open_decoder
 from omnisapiens_jax.processing.example import Bucket
 
 _FORMAT = 1  # raise it when the meaning of a stored number changes, and old files are measured again
-_FAULT_FIELDS = ("reason", "kind", "file", "row", "dataset", "field")
 
-Policy = Literal["raise", "skip"]
 Progress = Callable[[int, int], None]
-Measured = tuple[str, tuple[int, ...], int]  # signature, size, excess
+
+
+@dataclasses.dataclass(frozen=True)
+class _Measured:
+    """One row. `replaced` are the faults of media that silence or black stands in for."""
+
+    signature: str
+    size: tuple[int, ...]
+    excess: int
+    replaced: tuple[SampleError, ...] = ()
+
+
+_Row = _Measured | SampleError | None  # None: not measured
 
 
 def length_index(
@@ -34,18 +44,27 @@ def length_index(
     *,
     on_error: Policy,
     cache: Path | None = None,
+    leave_out: Collection[int] = (),
+    quarantine: Path | None = None,
+    workers: int = 0,
+    deadline: float = DEADLINE,
+    memory: int = MEMORY,
     threads: int = 2,
     progress: Progress | None = None,
 ) -> tuple[Index, FaultLog]:
-    """Sizes of all samples of a source, and the rows that cannot be used.
+    """Sizes of all samples of a source, and the rows that are at fault.
 
     Args:
         source: the rows.
         recipe: how they become examples.
-        on_error: `raise` stops with a list of all unusable rows; `skip` leaves them out of the index.
+        on_error: `raise` stops with a list of all unusable rows; `skip` leaves them out of the index; `zero` leaves out only those whose
+            fault is not in their media, and measures silence and black in the place of media that cannot be used.
         cache: directory that keeps the result, found again by a digest of the rows and the recipe. Rows that were at fault are measured
             again every time, so a mended file is noticed; any other change of a media file is not: delete the directory then.
-        threads: rows measured at once.
+        leave_out: rows that are neither measured nor in the index.
+        quarantine: the list that faults are written to.
+        workers: processes that measure; 0 measures in threads of this one. `deadline` and `memory` bound each, see `open_decoder`.
+        threads: rows measured at once when there are no workers.
         progress: called with (rows done, rows in all).
 
     Raises:
@@ -53,20 +72,22 @@ def length_index(
     """
     key = hashlib.sha256(f"{_FORMAT} {source.fingerprint()} {recipe.fingerprint()}".encode()).hexdigest()[:24]
     path = cache / f"lengths-{key}.json" if cache else None
-    rows: list[Measured | SampleError | None] = _load(path) if path and path.exists() else [None] * len(source)
-    unmeasured = [i for i, row in enumerate(rows) if not isinstance(row, tuple)]
-    before = list(rows)
-    with ThreadPoolExecutor(threads) as pool:
-        for done, (i, row) in enumerate(zip(unmeasured, pool.map(lambda i: _measure(source, recipe, i), unmeasured), strict=True), start=1):
+    rows: list[_Row] = _load(path) if path and path.exists() else [None] * len(source)
+    before, left_out = list(rows), frozenset(leave_out)
+    unmeasured = [i for i, row in enumerate(rows) if not isinstance(row, _Measured) and i not in left_out]
+    decoder = open_decoder(source, recipe, zero=on_error == "zero", workers=workers, deadline=deadline, memory=memory)
+    with ThreadPoolExecutor(workers or threads) as pool:
+        for done, (i, row) in enumerate(zip(unmeasured, pool.map(lambda i: _measure(decoder, i), unmeasured), strict=True), start=1):
             rows[i] = row
             if progress:
                 progress(len(rows) - len(unmeasured) + done, len(rows))
     if path and rows != before:
         _save(path, rows)
-    faults = FaultLog(row for row in rows if isinstance(row, SampleError))
+    taken = [None if i in left_out else row for i, row in enumerate(rows)]
+    faults = FaultLog((fault for row in taken for fault in _faults(row)), quarantine=quarantine)
     if faults and on_error == "raise":
         raise BadSamples(f"{faults.report()}\nMend these rows, or set on_error='skip' to train without them")
-    return _index(rows), faults
+    return _index(taken), faults
 
 
 def shortened(index: Index) -> int:
@@ -74,35 +95,41 @@ def shortened(index: Index) -> int:
     return int((index.excess > 0).sum())
 
 
-def _measure(source: Source, recipe: Recipe, i: int) -> Measured | SampleError:
+def _measure(decoder: Decoder | IsolatedDecoder, i: int) -> _Measured | SampleError:
     try:
-        sample: Sample = source[i]
-        size, excess = recipe.measure(sample)
+        signature, size, excess, replaced = decoder.measure(i)
     except SampleError as error:
         return error
-    return sample.modality_signature, dataclasses.astuple(size), excess
+    return _Measured(signature, dataclasses.astuple(size), excess, tuple(replaced))
 
 
-def _index(rows: Sequence[Measured | SampleError | None]) -> Index:
-    good = [(i, row) for i, row in enumerate(rows) if isinstance(row, tuple)]
-    names = tuple(sorted({signature for _, (signature, _, _) in good}))
+def _faults(row: _Row) -> tuple[SampleError, ...]:
+    return row.replaced if isinstance(row, _Measured) else () if row is None else (row,)
+
+
+def _index(rows: Sequence[_Row]) -> Index:
+    good = [(i, row) for i, row in enumerate(rows) if isinstance(row, _Measured)]
+    names = tuple(sorted({row.signature for _, row in good}))
     return Index(
         ids=np.array([i for i, _ in good], np.int64),
-        signatures=np.array([names.index(signature) for _, (signature, _, _) in good], np.int32),
+        signatures=np.array([names.index(row.signature) for _, row in good], np.int32),
         names=names,
-        sizes=np.array([size for _, (_, size, _) in good], np.int32).reshape(-1, len(dataclasses.fields(Bucket))),
-        excess=np.array([excess for _, (_, _, excess) in good], np.int32),
+        sizes=np.array([row.size for _, row in good], np.int32).reshape(-1, len(dataclasses.fields(Bucket))),
+        excess=np.array([row.excess for _, row in good], np.int32),
     )
 
 
-def _save(path: Path, rows: Sequence[Measured | SampleError | None]) -> None:
-    plain = [{f: getattr(row, f) for f in _FAULT_FIELDS} if isinstance(row, SampleError) else row for row in rows]
+def _save(path: Path, rows: Sequence[_Row]) -> None:
+    plain = []
+    for row in rows:
+        faults = _faults(row)  # also of a row that is fed with stand-ins: it is measured again, in case it was mended
+        plain.append(as_record(faults[0]) if faults else dataclasses.astuple(row)[:3] if isinstance(row, _Measured) else None)
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_suffix(f".{os.getpid()}.part")
     draft.write_text(json.dumps(plain))
     os.replace(draft, path)  # whoever looks, finds a whole file or none
 
 
-def _load(path: Path) -> list[Measured | SampleError | None]:
+def _load(path: Path) -> list[_Row]:
     rows = json.loads(path.read_text())
-    return [SampleError(**row) if isinstance(row, dict) else (row[0], tuple(row[1]), row[2]) for row in rows]
+    return [SampleError(**row) if isinstance(row, dict) else row and _Measured(row[0], tuple(row[1]), row[2]) for row in rows]

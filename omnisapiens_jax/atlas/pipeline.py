@@ -6,17 +6,17 @@ import dataclasses
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
-import absl.flags
 import grain
 import numpy as np
 
-from omnisapiens_jax.atlas.faults import FaultLog
-from omnisapiens_jax.atlas.lengths import Policy
+from omnisapiens_jax.atlas.faults import FaultLog, Policy, count
 from omnisapiens_jax.atlas.plan import MASKED, Planner, Step
 from omnisapiens_jax.atlas.recipe import Recipe
 from omnisapiens_jax.atlas.schema import SampleError
 from omnisapiens_jax.atlas.sources import Source
+from omnisapiens_jax.atlas.workers import DEADLINE, MEMORY, open_decoder
 from omnisapiens_jax.processing.example import Batch, Bucket, Example, collate
 
 
@@ -25,16 +25,21 @@ class PipelineConfig:
     """How a plan is executed. None of it changes what a batch holds.
 
     Attributes:
-        on_error: what an unusable row does: `raise`, or `skip`, which masks its slot and notes it in `Pipeline.faults`.
-        cache_bytes: bound of the built examples kept in memory (by each worker process), 0 for none. RL meets its prompts again.
+        on_error: what an unusable row does: `raise`, or `skip`, which masks its slot and notes it in `Pipeline.faults`, or `zero`, which
+            notes it too, but feeds the row with silence and black in the place of media that cannot be used.
+        cache_bytes: bound of the built examples kept in memory, 0 for none. RL meets its prompts again.
         workers: processes that decode; 0 decodes in threads of this one.
+        deadline: seconds that a worker process may take for a row before it is ended.
+        memory: bytes that a worker process may allocate beyond what it begins with.
         threads: threads that decode when there are no workers; 0 decodes when the batch is asked for.
-        ahead: batches decoded in advance by the threads.
+        ahead: batches decoded in advance.
     """
 
     on_error: Policy = "raise"
     cache_bytes: int = 0
     workers: int = 0
+    deadline: float = DEADLINE
+    memory: int = MEMORY
     threads: int = 1
     ahead: int = 2
 
@@ -42,22 +47,26 @@ class PipelineConfig:
 class Pipeline:
     """The batches of this host. Its state is one integer, the number of the next step."""
 
-    def __init__(self, source: Source, recipe: Recipe, planner: Planner, config: PipelineConfig, *, host: int = 0) -> None:
+    def __init__(
+        self, source: Source, recipe: Recipe, planner: Planner, config: PipelineConfig, *, host: int = 0, faults: FaultLog | None = None
+    ) -> None:
         """Args:
         source: the rows that the plan's ids mean.
         recipe: how they become examples.
         planner: which of them make up each step.
         config: how the work is done.
         host: which row of the plan's ids is this process's.
+        faults: the log that bad rows are added to (a new one).
         """
         if not 0 <= host < planner.config.hosts:
             raise ValueError(f"host {host} of {planner.config.hosts}")
         self.planner, self.host = planner, host
-        self.faults = FaultLog()
-        self._config, self._recipe = config, recipe
+        self.faults = FaultLog() if faults is None else faults
+        self.faults_of_step: list[SampleError] = []
+        self._config = config
         index = planner.index
         excess = {int(i): int(e) for i, e in zip(index.ids, index.excess, strict=True) if e}
-        self._load = _Load(source, recipe, excess, config.cache_bytes)
+        self._load = _Load(source, recipe, excess, config)
 
     def batches(self, start: int, stop: int) -> Iterator[tuple[int, Batch]]:
         """(step, batch) for global steps `start` to `stop - 1`.
@@ -70,20 +79,20 @@ class Pipeline:
         if stop <= start:
             return
         dataset = grain.MapDataset.source(_Steps(self.planner, self.host, start, stop)).map(self._load)
-        if self._config.workers:
-            if not absl.flags.FLAGS.is_parsed():  # grain's processes read a flag, which outside absl.app.run is an error
-                absl.flags.FLAGS.mark_as_parsed()
-            options = grain.MultiprocessingOptions(num_workers=self._config.workers)
-            loaded = dataset.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)).mp_prefetch(options)
-        else:
-            ahead = self._config.ahead if self._config.threads else 0
-            loaded = dataset.to_iter_dataset(grain.ReadOptions(num_threads=self._config.threads, prefetch_buffer_size=ahead))
+        # With workers, one batch is put together while the samples of the next are decoded.
+        threads = min(self._config.workers, 2) or self._config.threads
+        options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=self._config.ahead if threads else 0)
+        loaded = dataset.to_iter_dataset(options)
         for step, (batch, faults) in enumerate(loaded, start=start):
-            for fault in faults:  # workers report, this process decides
-                if self._config.on_error == "raise":
-                    raise fault
-                self.faults.add(fault)
+            if faults and self._config.on_error == "raise":
+                raise faults[0]
+            self.faults.add(*faults)
+            self.faults_of_step = faults
             yield step, batch
+
+    def fault_metrics(self) -> dict[str, int]:
+        """`faults/{dataset}/{kind}`: slots of this host, in the batch last given out, whose row was at fault."""
+        return {f"faults/{dataset}/{kind}": number for (dataset, kind), number in sorted(count(self.faults_of_step).items())}
 
     def blank(self, bucket: Bucket) -> Batch:
         """A batch of that shape with every slot masked: one for each of `planner.buckets` compiles all that a run will need."""
@@ -105,52 +114,49 @@ class _Steps:
 
 
 class _Load:
-    """A step `[slots]` -> (batch, faults): the slots of unusable rows are masked."""
+    """A step `[slots]` -> (batch, faults): the slots of rows that cannot be used are masked."""
 
-    def __init__(self, source: Source, recipe: Recipe, excess: dict[int, int], cache_bytes: int) -> None:
-        self._source, self._recipe, self._excess = source, recipe, excess
-        self._cache = _Cache(cache_bytes)
+    def __init__(self, source: Source, recipe: Recipe, excess: dict[int, int], config: PipelineConfig) -> None:
+        self._model, self._excess = recipe.config, excess
+        self._decoder = open_decoder(
+            source, recipe, zero=config.on_error == "zero", workers=config.workers, deadline=config.deadline, memory=config.memory
+        )
+        self._pool = ThreadPoolExecutor(config.workers, thread_name_prefix="asks workers") if config.workers else None
+        self._cache = _Cache(config.cache_bytes)
 
     def __call__(self, step: Step) -> tuple[Batch, list[SampleError]]:
-        examples: list[Example | None] = []
-        faults: list[SampleError] = []
-        for i in step.ids.tolist():
-            try:
-                examples.append(None if i == MASKED else self._example(i, step.bucket))
-            except SampleError as error:
-                faults.append(error)
-                examples.append(None)
-        return self._collate(examples, step), faults
+        ids = step.ids.tolist()
+        slots = [*(self._pool.map if self._pool else map)(lambda i: self._slot(i, step.bucket), ids)]
+        return self._collate([example for example, _ in slots], step), [fault for _, faults in slots for fault in faults]
 
     def blank(self, slots: int, bucket: Bucket) -> Batch:
         return self._collate([None] * slots, Step(bucket, np.full(slots, MASKED)))
 
     def _collate(self, examples: list[Example | None], step: Step) -> Batch:
-        batch = collate(examples, step.bucket, self._recipe.config)
+        batch = collate(examples, step.bucket, self._model)
         return {**batch, "index": np.where(batch["row_mask"], step.ids, MASKED)}
 
-    def _example(self, i: int, bucket: Bucket) -> Example:
-        example = self._cache.get(i)
-        if example is None:
-            sample = self._source[i]
-            example = self._recipe.build(sample, self._excess.get(i, 0))
-            if not bucket.holds(example.size()):
-                reason = f"now gives {example.size()}, more than its bucket {bucket}: the file changed since it was measured"
-                raise sample.error(f"{reason}; delete the length cache", kind="media", field="media")
+    def _slot(self, i: int, bucket: Bucket) -> tuple[Example | None, list[SampleError]]:
+        if i == MASKED:
+            return None, []
+        try:
+            return self._example(i, bucket)
+        except SampleError as fault:
+            return None, [fault]
+
+    def _example(self, i: int, bucket: Bucket) -> tuple[Example, list[SampleError]]:
+        if (example := self._cache.get(i)) is not None:
+            return example, []
+        example, replaced = self._decoder.build(i, self._excess.get(i, 0), bucket)
+        if not replaced:  # else it is counted again when it comes round
             self._cache.put(i, example)
-        return example
+        return example, replaced
 
 
 class _Cache:
     """Built examples by sample id, the least recently used dropped first, at most `limit` bytes."""
 
     def __init__(self, limit: int) -> None:
-        self.__setstate__(limit)
-
-    def __getstate__(self) -> int:
-        return self._limit
-
-    def __setstate__(self, limit: int) -> None:
         self._limit, self._used = limit, 0
         self._examples: OrderedDict[int, Example] = OrderedDict()
         self._lock = threading.Lock()

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from omnisapiens_jax.atlas.labels import HBA, LabelScheme
-from omnisapiens_jax.atlas.schema import Sample
+from omnisapiens_jax.atlas.schema import Sample, SampleError
 from omnisapiens_jax.models.config import ThinkerConfig
 from omnisapiens_jax.processing.chat import shorten_transcript
 from omnisapiens_jax.processing.example import Bucket, Example, build_example, measure
@@ -63,30 +63,31 @@ class Recipe:
         rest = (self.max_tokens, self.with_target, self.bare_target, *(dataclasses.astuple(part) for part in parts))
         return hashlib.sha256(pickle.dumps(self.tokenizer) + repr(rest).encode()).hexdigest()
 
-    def measure(self, sample: Sample) -> tuple[Bucket, int]:
+    def measure(self, sample: Sample, replaced: list[SampleError] | None = None) -> tuple[Bucket, int]:
         """Size of the example, and the tokens its transcript had to lose for it (0 for nearly all).
+
+        Args:
+            sample: the row.
+            replaced: where given, silence and black stand in for media that cannot be used (see `build_example`), and the fault goes
+                into this list.
 
         Raises:
             SampleError: the row cannot be used.
         """
         self.scheme.check(sample)
-        size, excess = self._size(sample, sample.problem), 0
+        size, excess = self._guarded(sample, measure, sample.problem, replaced), 0
         while (missing := size.tokens - self.max_tokens) > 0:  # a second pass only if the cut changes how its surroundings are tokenised
             excess += missing
-            size = self._size(sample, self._shortened(sample, excess))
+            size = self._guarded(sample, measure, self._shortened(sample, excess), None if replaced is None else [])
         return size, excess
 
-    def build(self, sample: Sample, excess: int = 0) -> Example:
-        """The example of a sample, its transcript shortened by the `excess` tokens that `measure` found.
+    def build(self, sample: Sample, excess: int = 0, replaced: list[SampleError] | None = None) -> Example:
+        """The example of a sample, its transcript shortened by the `excess` tokens that `measure` found; `replaced` as there.
 
         Raises:
             SampleError: the row cannot be used.
         """
-        problem = self._shortened(sample, excess)
-        return self._guarded(sample, lambda: build_example(**self._inputs(sample, problem)))
-
-    def _size(self, sample: Sample, problem: str) -> Bucket:
-        return self._guarded(sample, lambda: measure(**self._inputs(sample, problem)))
+        return self._guarded(sample, build_example, self._shortened(sample, excess), replaced)
 
     def _shortened(self, sample: Sample, excess: int) -> str:
         problem = shorten_transcript(sample.problem, excess, self.tokenizer.encode)
@@ -111,12 +112,19 @@ class Recipe:
             "name": _NAME,
         }
 
-    @staticmethod
-    def _guarded(sample: Sample, work: Callable[[], _T]) -> _T:
+    def _guarded(self, sample: Sample, work: Callable[..., _T], problem: str, replaced: list[SampleError] | None) -> _T:
+        reasons: list[MediaError] | None = None if replaced is None else []
         try:
-            return work()
+            done = work(**self._inputs(sample, problem), replaced=reasons)
         except MediaError as reason:
-            kind = str(reason).removeprefix(f"{_NAME}, ").split(" ", 1)[0]
-            raise sample.error(str(reason), kind="media", field=f"{kind}s") from reason
+            raise _media_error(sample, reason) from reason
         except ValueError as reason:
             raise sample.error(str(reason), kind="placeholders", field="problem") from reason
+        if replaced is not None:
+            replaced += [_media_error(sample, reason) for reason in reasons or ()]
+        return done
+
+
+def _media_error(sample: Sample, reason: MediaError) -> SampleError:
+    kind = str(reason).removeprefix(f"{_NAME}, ").split(" ", 1)[0]
+    return sample.error(str(reason), kind="media", field=f"{kind}s")

@@ -11,11 +11,9 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from omnisapiens_jax.atlas.schema import Sample
 from omnisapiens_jax.atlas.sources import Source
 from omnisapiens_jax.generation.sampling import Generator, rollout_keys
 from omnisapiens_jax.parallel.mesh import all_rows, put_batch
-from omnisapiens_jax.processing.chat import transcript_span
 from omnisapiens_jax.processing.example import Batch
 from omnisapiens_jax.processing.tokenizers import Tokenizer
 from omnisapiens_jax.rl.rewards import RewardConfig, extract_prediction
@@ -73,27 +71,6 @@ def blank(batch: dict[str, np.ndarray], modality: str) -> dict[str, np.ndarray]:
     if modality == "video":
         return {**batch, "patches": np.zeros_like(batch["patches"])}
     raise ValueError(f"cannot blank {modality!r} in a batch: audio or video")
-
-
-@dataclasses.dataclass(frozen=True)
-class WithoutTranscripts:
-    """A source whose problems have lost the words of their transcript; question and options stay."""
-
-    source: Source
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __getitem__(self, index: int) -> Sample:
-        sample = self.source[index]
-        span = transcript_span(sample.problem)
-        return (
-            sample if span is None else dataclasses.replace(sample, problem=sample.problem[: span[0]].rstrip() + sample.problem[span[1] :])
-        )
-
-    def fingerprint(self) -> str:
-        """Changes with the rows, and differs from that of the rows themselves."""
-        return f"{self.source.fingerprint()} without transcripts"
 
 
 def accuracy(answers: list[Answer]) -> float:

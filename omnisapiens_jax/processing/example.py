@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeVar
 
 import numpy as np
 
 from omnisapiens_jax.models.config import ThinkerConfig
 from omnisapiens_jax.processing import chat, media
-from omnisapiens_jax.processing.audio import audio_token_count, layout_audio, log_mel, mel_frames
-from omnisapiens_jax.processing.media import Source
+from omnisapiens_jax.processing.audio import SAMPLE_RATE, audio_token_count, layout_audio, log_mel, mel_frames
+from omnisapiens_jax.processing.media import MediaError, Source
 from omnisapiens_jax.processing.options import ProcessingConfig
 from omnisapiens_jax.processing.positions import Grid, interleave, rope_positions
 from omnisapiens_jax.processing.tokenizers import Tokenizer
-from omnisapiens_jax.processing.vision import grid_of, layout_vision, patchify, window_slots
+from omnisapiens_jax.processing.vision import black_patches, grid_of, layout_vision, patchify, window_slots
 
 IGNORED = -100  # label of a token that is not trained
+SILENCE = SAMPLE_RATE // 2  # samples that stand in for a clip that cannot be decoded
+BLACK = 224  # height and width of the pictures that stand in for one
 TEXT, AUDIO, VISION = 0, 1, 2  # kinds in Example.media
 
 Batch = dict[str, np.ndarray]
+_T = TypeVar("_T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,12 +85,15 @@ def build_example(
     images: Sequence[Source] = (),
     response: str | None = None,
     name: str = "sample",
+    replaced: list[MediaError] | None = None,
 ) -> Example:
     """Decodes the media of a sample and lays out its prompt; with `response` also its target, which ends with `<|im_end|>`.
 
     Raises MediaError for media that cannot be used, ValueError for a problem whose tags do not match the media. Both begin with `name`.
+    Where `replaced` is given, such media are replaced and the reason goes into that list: half a second of silence for sound, black for
+    pictures (reference section 2.5), which are 224 x 224, or as large as the file says if it says that much, so that `measure` holds.
     """
-    reader = _Reader(config, options, decode=True)
+    reader = _Reader(config, options, replaced, decode=True)
     prompt = _build_prompt(reader, problem, tokenizer, audios, videos, images, name)
     answer = [] if response is None else [*tokenizer.encode(response), config.tokens.im_end]
     length, total = len(prompt.tokens), len(prompt.tokens) + len(answer)
@@ -146,9 +153,10 @@ def measure(
     images: Sequence[Source] = (),
     response: str | None = None,
     name: str = "sample",
+    replaced: list[MediaError] | None = None,
 ) -> Bucket:
     """`build_example(...).size()` without decoding a picture: only sound is decoded, videos are counted by their packets."""
-    reader = _Reader(config, options, decode=False)
+    reader = _Reader(config, options, replaced, decode=False)
     prompt = _build_prompt(reader, problem, tokenizer, audios, videos, images, name)
     merge, side = config.vision.spatial_merge_size, config.vision.window_cells
     shapes = [window_slots(rows // merge, columns // merge, side)[1:] for _, rows, columns in reader.grids]
@@ -215,16 +223,28 @@ class _Prompt:
 class _Reader:
     """Reads media in reading order and remembers what the layouts need; without `decode` only the sizes."""
 
-    def __init__(self, config: ThinkerConfig, options: ProcessingConfig, *, decode: bool):
-        self.config, self.options, self.decode = config, options, decode
+    def __init__(self, config: ThinkerConfig, options: ProcessingConfig, replaced: list[MediaError] | None, *, decode: bool):
+        self.config, self.options, self.replaced, self.decode = config, options, replaced, decode
         self.mels: list[np.ndarray] = []
         self.mel_frames: list[int] = []
         self.visuals: list[tuple[np.ndarray, Grid]] = []
         self.grids: list[Grid] = []
 
+    def has_audio(self, source: Source, name: str) -> bool:
+        """Whether a video has sound. One that cannot be read has none, where stand-ins are allowed; its picture will tell why."""
+        try:
+            return media.has_audio(source, name=name)
+        except MediaError:
+            if self.replaced is None:
+                raise
+            return False
+
     def audio(self, source: Source, name: str) -> int:
         """Tokens of a clip."""
-        waveform = media.decode_audio(source, seconds=self.options.audio_seconds, name=name)
+        try:
+            waveform = media.decode_audio(source, seconds=self.options.audio_seconds, name=name)
+        except MediaError as reason:
+            waveform = np.zeros(self._stand_in(reason, SILENCE), np.float32)
         if self.decode:
             self.mels.append(log_mel(waveform, self.config.audio.num_mel_bins))
         self.mel_frames.append(mel_frames(len(waveform)))
@@ -232,32 +252,63 @@ class _Reader:
 
     def picture(self, kind: str, source: Source, name: str) -> Grid:
         """Grid of an image or video."""
-        options, vision = self.options, self.config.vision
-        low, high = (
-            (options.image_min_pixels, options.image_max_pixels)
-            if kind == "image"
-            else (options.video_min_pixels, options.video_max_pixels)
-        )
-        try:
-            if self.decode:
-                frames = (
-                    media.decode_image(source, name=name)
-                    if kind == "image"
-                    else media.decode_video(source, frames=options.video_frames, name=name)
-                )
-                self.visuals.append(patchify(frames, vision, min_pixels=low, max_pixels=high))
-                grid = self.visuals[-1][1]
-            else:
-                shape = (
-                    media.image_shape(source, name=name)
-                    if kind == "image"
-                    else media.video_shape(source, frames=options.video_frames, name=name)
-                )
-                grid = grid_of(*shape, vision, min_pixels=low, max_pixels=high)
-        except ValueError as reason:
-            raise media.MediaError(name, str(reason)) from reason
+        bounds = self._bounds(kind)
+        if self.decode:
+            try:
+                self.visuals.append(_named(name, lambda: patchify(self._frames(kind, source, name), self.config.vision, **bounds)))
+            except MediaError as reason:
+                grid = self._stand_in(reason, self._grid_or_default(kind, source, name))
+                self.visuals.append((black_patches(grid, self.config.vision), grid))
+            grid = self.visuals[-1][1]
+        else:
+            try:
+                grid = self._grid(kind, source, name)
+            except MediaError as reason:
+                grid = self._stand_in(reason, self._default_grid(kind))
         self.grids.append(grid)
         return grid
+
+    def _stand_in(self, reason: MediaError, value: _T) -> _T:
+        if self.replaced is None:
+            raise reason
+        self.replaced.append(reason)
+        return value
+
+    def _frames(self, kind: str, source: Source, name: str) -> np.ndarray:
+        if kind == "image":
+            return media.decode_image(source, name=name)
+        return media.decode_video(source, frames=self.options.video_frames, name=name)
+
+    def _grid(self, kind: str, source: Source, name: str) -> Grid:
+        return _named(name, lambda: grid_of(*self._shape(kind, source, name), self.config.vision, **self._bounds(kind)))
+
+    def _shape(self, kind: str, source: Source, name: str) -> tuple[int, int, int]:
+        if kind == "image":
+            return media.image_shape(source, name=name)
+        return media.video_shape(source, frames=self.options.video_frames, name=name)
+
+    def _grid_or_default(self, kind: str, source: Source, name: str) -> Grid:
+        try:
+            return self._grid(kind, source, name)
+        except MediaError:
+            return self._default_grid(kind)
+
+    def _default_grid(self, kind: str) -> Grid:
+        frames = 1 if kind == "image" else self.options.video_frames
+        return grid_of(frames, BLACK, BLACK, self.config.vision, **self._bounds(kind))
+
+    def _bounds(self, kind: str) -> dict[str, int]:
+        options = self.options
+        if kind == "image":
+            return {"min_pixels": options.image_min_pixels, "max_pixels": options.image_max_pixels}
+        return {"min_pixels": options.video_min_pixels, "max_pixels": options.video_max_pixels}
+
+
+def _named(name: str, work: Callable[[], _T]) -> _T:
+    try:
+        return work()
+    except ValueError as reason:
+        raise MediaError(name, str(reason)) from reason
 
 
 def _build_prompt(
@@ -294,7 +345,7 @@ def _build_prompt(
     grids: dict[str, list[Grid]] = {"image": [], "video": []}
     pieces: list[np.ndarray] = []
     following = 0
-    with_sound = options.use_audio_in_video and any(media.has_audio(v, name=f"{name}, video {i}") for i, v in enumerate(videos))
+    with_sound = options.use_audio_in_video and any(reader.has_audio(v, f"{name}, video {i}") for i, v in enumerate(videos))
     sources = {kind: iter(enumerate(items)) for kind, items in given.items()}
     for place, kind in zip(places, order, strict=True):
         number, source = next(sources[kind])

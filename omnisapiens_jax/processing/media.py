@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
 from pathlib import Path
 
 import av
@@ -11,6 +10,7 @@ import av.error
 import numpy as np
 import soundfile
 import soxr
+from av.video.frame import PictureType
 from av.video.reformatter import VideoReformatter
 from PIL import Image
 
@@ -72,26 +72,24 @@ def has_audio(source: Source, *, name: str = "video") -> bool:
 def decode_video(source: Source, *, frames: int, name: str = "video") -> np.ndarray:
     """RGB frames `[n, H, W, 3]` uint8 taken evenly from the whole clip: `round(linspace(0, total - 1, frames))`; all if it has fewer.
 
-    Frames are read in order and only the wanted ones are converted and kept. Raises MediaError: missing, empty, no video stream,
-    undecodable, or cut off (fewer frames than the header promises).
+    What no wanted frame depends on is not decoded: nothing before the key frame that it starts from, and no frame on the way that no other
+    refers to. Raises MediaError: missing, empty, no video stream, undecodable, or cut off (fewer frames than the header promises).
     """
     name, raw = _open(source, name)
     try:
-        total = _count_frames(raw, name)
-        wanted = frame_indices(total, frames)
-        raw.seek(0)
-        kept: list[np.ndarray] = []
-        to_rgb = VideoReformatter()  # one for all frames: setting up the conversion costs more than a small frame's own
-        for index, frame in enumerate(_frames(raw)):
-            if index == wanted[len(kept)]:
-                kept.append(to_rgb.reformat(frame, format="rgb24", threads=1).to_ndarray())
-                if len(kept) == len(wanted):
-                    break
+        with av.open(raw, "r") as container:
+            stream, packets = _read_packets(container, name)
+            total = sum(not packet.is_discard for packet in packets)
+            wanted = frame_indices(total, frames)
+            stream.thread_count = 1  # samples are what is worked on in parallel
+            kept = _by_time(stream.codec_context, packets, wanted)
+            if len(kept) < len(wanted):  # a container without times, a coded picture that shows nothing, a broken one
+                kept = _in_order(stream.codec_context, packets, wanted)
     except _UNPLAYABLE as reason:
         raise MediaError(name, f"corrupt or truncated video ({reason})") from reason
-    if len(kept) < len(wanted):
-        raise MediaError(name, f"corrupt or truncated video (frame {wanted[len(kept)]} of {total} cannot be decoded)")
-    return np.stack(kept)
+    if missing := [index for index in wanted if index not in kept]:
+        raise MediaError(name, f"corrupt or truncated video (frame {missing[0]} of {total} cannot be decoded)")
+    return np.stack([kept[index] for index in wanted])
 
 
 def decode_image(source: Source, *, name: str = "image") -> np.ndarray:
@@ -108,10 +106,9 @@ def video_shape(source: Source, *, frames: int, name: str = "video") -> tuple[in
     """Shape (n, height, width) that `decode_video` gives, without decoding."""
     name, raw = _open(source, name)
     try:
-        total = _count_frames(raw, name)
-        raw.seek(0)
         with av.open(raw, "r") as container:
-            stream = container.streams.video[0]
+            stream, packets = _read_packets(container, name)
+            total = sum(not packet.is_discard for packet in packets)
             return min(frames, total), stream.height, stream.width
     except _UNPLAYABLE as reason:
         raise MediaError(name, f"corrupt or truncated video ({reason})") from reason
@@ -132,25 +129,74 @@ def frame_indices(total: int, frames: int) -> list[int]:
     return [int(i) for i in np.round(np.linspace(0, total - 1, min(frames, total)))]
 
 
-def _count_frames(raw: io.BytesIO, name: str) -> int:
-    """Number of coded pictures, from the packets alone: headers may be silent, and a file that was cut off still promises them all."""
-    with av.open(raw, "r") as container:
-        if not container.streams.video:
-            raise MediaError(name, "has no video stream, or is cut off before its index")
-        stream = container.streams.video[0]
-        total = sum(1 for packet in container.demux(stream) if packet.size and not packet.is_discard)
-        if total < stream.frames:
-            raise MediaError(name, f"truncated video (the header promises {stream.frames} frames, the file holds {total})")
-    if not total:
+def _read_packets(container: av.container.InputContainer, name: str) -> tuple[av.VideoStream, list[av.Packet]]:
+    """The video stream and its coded pictures in decoding order; those with `is_discard` are only there for others to refer to.
+
+    They are counted because headers may be silent, and a file that was cut off still promises them all.
+    """
+    if not container.streams.video:
+        raise MediaError(name, "has no video stream, or is cut off before its index")
+    stream = container.streams.video[0]
+    if stream.codec_context is None:
+        raise MediaError(name, "its video has a codec that is not known")
+    packets = [packet for packet in container.demux(stream) if packet.size]
+    if len(packets) < stream.frames:
+        raise MediaError(name, f"truncated video (the header promises {stream.frames} frames, the file holds {len(packets)})")
+    if all(packet.is_discard for packet in packets):
         raise MediaError(name, "holds no video frames")
-    return total
+    return stream, packets
 
 
-def _frames(raw: io.BytesIO) -> Iterator[av.VideoFrame]:
-    with av.open(raw, "r") as container:
-        stream = container.streams.video[0]
-        stream.thread_count = 1  # samples are what is worked on in parallel
-        yield from container.decode(stream)
+def _by_time(decoder: av.VideoCodecContext, packets: list[av.Packet], wanted: list[int]) -> dict[int, np.ndarray]:
+    """RGB pictures by index, told by their times; too few if these do not tell them apart, or some cannot be decoded."""
+    place_of = {packet.pts: place for place, packet in enumerate(packets) if not packet.is_discard}
+    if None in place_of or len(place_of) < sum(not packet.is_discard for packet in packets):
+        return {}
+    shown = sorted(place_of)
+    index_of = {shown[index]: index for index in wanted}
+    to_rgb, kept, begun, whole = VideoReformatter(), {}, set(), True
+
+    def feed(packet: av.Packet | None) -> None:
+        nonlocal whole
+        for frame in decoder.decode(packet):
+            # A recovery point is flagged like a key frame, but the pictures after it are not whole at once.
+            whole = whole and (frame.pts not in begun or frame.pict_type == PictureType.I)
+            if frame.pts in index_of:
+                kept[index_of[frame.pts]] = _rgb(to_rgb, frame)
+
+    begin = 0
+    for place in sorted(place_of[time] for time in index_of):
+        # What is shown before a key frame that lies before it in the file may refer to what lies before that.
+        keys = (at for at in range(place, begin, -1) if packets[at].is_keyframe and packets[at].pts <= packets[place].pts)
+        if (key := next(keys, begin)) > begin:
+            feed(None)
+            decoder.flush_buffers()
+            begin = key
+            begun.add(packets[key].pts)
+        for at in range(begin, place + 1):
+            decoder.skip_frame = "DEFAULT" if at == place else "NONREF"
+            feed(packets[at])
+        begin = place + 1
+    feed(None)
+    return kept if whole else {}
+
+
+def _in_order(decoder: av.VideoCodecContext, packets: list[av.Packet], wanted: list[int]) -> dict[int, np.ndarray]:
+    """RGB pictures by index, told by counting what the decoder gives."""
+    decoder.flush_buffers()
+    decoder.skip_frame = "DEFAULT"
+    to_rgb, kept = VideoReformatter(), {}
+    for index, frame in enumerate(frame for packet in (*packets, None) for frame in decoder.decode(packet)):
+        if index in wanted:
+            kept[index] = _rgb(to_rgb, frame)
+        if index == wanted[-1]:
+            break
+    return kept
+
+
+def _rgb(reformatter: VideoReformatter, frame: av.VideoFrame) -> np.ndarray:
+    """A frame as `[H, W, 3]` uint8. One reformatter serves a clip: setting up the conversion costs more than a small frame's own."""
+    return reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()
 
 
 def _decode_sound_track(raw: io.BytesIO, seconds: float, name: str) -> tuple[np.ndarray, int]:

@@ -12,14 +12,15 @@ import ml_collections
 import numpy as np
 
 from omnisapiens_jax import resources
+from omnisapiens_jax.atlas.ablation import WithoutTranscripts
 from omnisapiens_jax.atlas.bucketing import SlotCost, choose_buckets
+from omnisapiens_jax.atlas.faults import quarantined_rows
 from omnisapiens_jax.atlas.lengths import length_index, shortened
 from omnisapiens_jax.atlas.pipeline import Pipeline, PipelineConfig
 from omnisapiens_jax.atlas.plan import Index, PlanConfig, Planner
 from omnisapiens_jax.atlas.recipe import Recipe
 from omnisapiens_jax.atlas.schema import Sample
 from omnisapiens_jax.atlas.sources import Source, open_source
-from omnisapiens_jax.evaluation.evaluate import WithoutTranscripts
 from omnisapiens_jax.models.config import ThinkerConfig
 from omnisapiens_jax.processing.chat import FORMAT_PROMPTS
 from omnisapiens_jax.processing.options import ProcessingConfig
@@ -27,6 +28,7 @@ from omnisapiens_jax.processing.tokenizers import open_tokenizer
 from omnisapiens_jax.training.journal import Bar, console
 from omnisapiens_jax.training.state import open_weights
 
+QUARANTINE = "quarantine.jsonl"  # in a run's folder
 Rows = Callable[[Index], np.ndarray]  # [N] bool: which samples of a split take part
 
 
@@ -36,6 +38,7 @@ class Split:
 
     source: Source
     pipeline: Pipeline
+    zero: bool  # silence and black stand in for media that cannot be used
 
     @property
     def steps_per_epoch(self) -> int:
@@ -47,16 +50,18 @@ class Split:
         return [self.source[i] if i >= 0 else None for i in batch["index"].tolist()]
 
     def tell_faults(self) -> None:
-        """Prints which rows this process could not use although they were measured; their slots were masked."""
+        """Prints which rows were at fault, when they were measured or when this process met them."""
         if self.pipeline.faults:
-            console.print(self.pipeline.faults.report())
+            console.print(self.pipeline.faults.report(zero=self.zero))
 
 
 class Atlas:
     """Opens splits on demand. All of them share one tokenizer and one way of reading media."""
 
-    def __init__(self, config: ml_collections.ConfigDict, model: ThinkerConfig):
+    def __init__(self, config: ml_collections.ConfigDict, model: ThinkerConfig, workdir: Path | None = None):
         """`config` is the whole run's; the miniature atlas is generated first if `config.atlas.path` is empty.
+
+        Bad rows are listed in `workdir`, in the file `QUARANTINE`.
 
         Raises:
           FileNotFoundError: a split or the tokenizer is not there.
@@ -74,6 +79,7 @@ class Atlas:
         for name in (config.atlas.train, config.atlas.validation, config.atlas.test):
             self.source(name)  # what is missing is told now, not when its turn comes
         self._cache = resources.cache() / "lengths"
+        self._quarantine = workdir / QUARANTINE if workdir else None
         self._options = ProcessingConfig(
             **{**config.processing.to_dict(), "format_prompt": FORMAT_PROMPTS[config.processing.format_prompt]}
         )
@@ -94,20 +100,32 @@ class Atlas:
         atlas = self._config.atlas
         source = self.source(name) if transcripts else WithoutTranscripts(self.source(name))
         recipe = Recipe(self.tokenizer, self._model, self._options, max_tokens=atlas.max_tokens, with_target=target)
+        bounds = {"workers": atlas.workers, "deadline": atlas.deadline, "memory": atlas.worker_bytes}
+        leave_out = quarantined_rows(Path(atlas.quarantine), source) if atlas.quarantine else ()
+        if leave_out:
+            console.print(f"{name}: {len(leave_out)} rows are left out, as {atlas.quarantine} says")
         with Bar(f"measuring {name}", total=len(source), at_once=False) as bar:
             index, faults = length_index(
-                source, recipe, on_error=atlas.on_error, cache=self._cache, progress=lambda done, _: bar.reach(done)
+                source,
+                recipe,
+                on_error=atlas.on_error,
+                cache=self._cache,
+                leave_out=leave_out,
+                quarantine=self._quarantine,
+                progress=lambda done, _: bar.reach(done),
+                **bounds,
             )
         if faults:
-            console.print(faults.report())
+            console.print(faults.report(zero=atlas.on_error == "zero"))
         if cut := shortened(index):
             console.print(f"{name}: the transcripts of {cut} of {len(index)} samples were shortened to fit {atlas.max_tokens} tokens")
         if rows is not None:
             index = index.subset(rows(index))
         plan = PlanConfig(batch_size, hosts=jax.process_count(), seed=self._config.seed, mode=atlas.batches, shuffle=shuffle)
         buckets = choose_buckets(index, plan, SlotCost.of(self._model), count=atlas.buckets)
-        pipeline = PipelineConfig(atlas.on_error, cache_bytes=atlas.cache_bytes, workers=atlas.workers)
-        return Split(source, Pipeline(source, recipe, Planner(index, buckets, plan), pipeline, host=jax.process_index()))
+        how = PipelineConfig(atlas.on_error, cache_bytes=atlas.cache_bytes, **bounds)
+        pipeline = Pipeline(source, recipe, Planner(index, buckets, plan), how, host=jax.process_index(), faults=faults)
+        return Split(source, pipeline, zero=atlas.on_error == "zero")
 
     def source(self, name: str) -> Source:
         """The rows of one split."""

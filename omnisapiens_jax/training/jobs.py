@@ -8,7 +8,7 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 import jax
 import ml_collections
@@ -16,6 +16,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
+from omnisapiens_jax.atlas.faults import Policy
 from omnisapiens_jax.atlas.plan import Index
 from omnisapiens_jax.evaluation.evaluate import MODALITIES, Answer, accuracy, answer_all, blank, load_answers, save_answers
 from omnisapiens_jax.evaluation.report import write_report
@@ -27,7 +28,7 @@ from omnisapiens_jax.rl.loss import PolicyLossConfig
 from omnisapiens_jax.rl.rewards import RewardConfig
 from omnisapiens_jax.rl.similarity import Similarity
 from omnisapiens_jax.training import rl, sft
-from omnisapiens_jax.training.data import Atlas, Rows, Split
+from omnisapiens_jax.training.data import QUARANTINE, Atlas, Rows, Split
 from omnisapiens_jax.training.journal import Compilations, console, progress, read_metrics
 from omnisapiens_jax.training.state import TrainState, create_state, make_optimizer, make_thinker, parameters, thinker_config
 
@@ -39,8 +40,7 @@ def _third(index: Index) -> np.ndarray:
 ROWS: dict[str, Rows | None] = {"all": None, "third": _third, "rest": lambda index: ~_third(index)}
 
 _COUNTS = ("steps", "batch_size", "prompts", "rollouts", "updates", "micro_batches", "eval_every", "patience", "save_every")
-# Settings that change nothing a run computes: it may go on with others.
-_FREE = ("on_error", "workers", "cache_bytes")
+_FREE = ("workers", "deadline", "worker_bytes", "cache_bytes")  # settings of `atlas` that say how to work, not what a run computes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,7 +129,7 @@ def run(config: ml_collections.ConfigDict, workdir: Path) -> None:
     else:
         console.quiet = True
     Compilations.watch()
-    atlas = Atlas(config, thinker_config(config.model))
+    atlas = Atlas(config, thinker_config(config.model), workdir)
     with on_mesh(mesh):
         graph, state = create_state(config.model, config.seed, mesh)
         size = sum(leaf.size for leaf in jax.tree.leaves(parameters(state)))
@@ -180,6 +180,7 @@ def check(config: ml_collections.ConfigDict, mesh: Mesh) -> None:
     wanted += [
         ("model.remat", config.model.remat, get_args(Remat)),
         ("processing.format_prompt", config.processing.format_prompt, FORMAT_PROMPTS),
+        ("atlas.on_error", config.atlas.on_error, get_args(Policy)),
     ]
     counts = ["eval_batch", "atlas.buckets", "generation.chunk", "generation.max_tokens"]
     stages = [name for name in ("warm_start", "rl", "sft") if name in config]
@@ -217,14 +218,17 @@ def check(config: ml_collections.ConfigDict, mesh: Mesh) -> None:
 def claim(workdir: Path, config: ml_collections.ConfigDict) -> None:
     """Writes the config into `workdir`, or checks that the run found there has the same one.
 
-    A run that ended before it made anything leaves nothing but its config, and the place free. Settings that change nothing a run computes
-    (`_FREE`) may differ.
+    A run that ended before it made anything leaves nothing but its config and its list of bad rows, and the place free. Settings that
+    change nothing a run computes (`_FREE`) may differ, and so may `atlas.on_error` of a run that has raised nothing yet.
     """
     path, text = workdir / "config.json", config.to_json_best_effort(indent=2)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        if path.exists() and list(workdir.iterdir()) != [path]:
-            old, new = (_settled(json.loads(content)) for content in (path.read_text(), text))
+        if path.exists() and not {*workdir.iterdir()} <= {path, workdir / QUARANTINE}:
+            old, new = (json.loads(content) for content in (path.read_text(), text))
+            free = (*_FREE, "on_error") if old["atlas"]["on_error"] == "raise" else _FREE
+            for settings in (old, new):
+                settings["atlas"] = {name: value for name, value in settings["atlas"].items() if name not in free}
             differing = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
             if differing:
                 raise ValueError(f"{workdir} holds a run with another config (differs in {', '.join(differing)}): name another --workdir")
@@ -233,7 +237,3 @@ def claim(workdir: Path, config: ml_collections.ConfigDict) -> None:
         draft.replace(path)
     except OSError as reason:
         raise ValueError(f"{workdir} cannot be written to ({reason.strerror}): name another --workdir") from reason
-
-
-def _settled(config: dict[str, Any]) -> dict[str, Any]:
-    return {**config, "atlas": {name: value for name, value in config["atlas"].items() if name not in _FREE}}

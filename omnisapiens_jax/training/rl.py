@@ -95,7 +95,7 @@ def improve(
                     parts = {**{name: array[mine] for name, array in batch.items()}, **_learner(responses, advantages, counted, mine)}
                     state, metrics = update(state, put_batch(parts, mesh))
 
-                written = journal.write(step, metrics | summary(responses, rewards, counted))
+                written = journal.write(step, metrics | summary(responses, rewards, counted) | prompts.pipeline.fault_metrics())
                 check_finite(step, written)
                 if config.record_every and step % config.record_every == 0:
                     record = recorded(batch, samples, responses, rewards, advantages, counted, texts, step, config.temperature)

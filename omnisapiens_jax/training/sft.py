@@ -59,6 +59,7 @@ def fit(
         with Journal(workdir, start=start) as journal, Bar("SFT", total=config.steps, start=start) as bar:
             for step, batch in train.pipeline.batches(start, 0 if progress["finished"] else config.steps):
                 state, metrics = step_fn(state, put_batch(batch, mesh))
+                metrics |= train.pipeline.fault_metrics()
                 if (step + 1) % config.eval_every == 0 or step + 1 == config.steps:
                     metrics["validation_loss"] = validation_loss(loss_fn, state, validation, mesh)
                     if metrics["validation_loss"] < progress["best_loss"]:

@@ -1,15 +1,22 @@
 """What a user sees for each thing that may be wrong with an atlas, while it is measured and while it is trained on."""
 
+import json
+import subprocess
+import sys
+
+import numpy as np
 import pytest
 
 from omnisapiens_jax.atlas.bucketing import SlotCost, choose_buckets
-from omnisapiens_jax.atlas.faults import BadSamples
+from omnisapiens_jax.atlas.faults import BadSamples, FaultLog, quarantined_rows, read_quarantine
 from omnisapiens_jax.atlas.lengths import length_index, shortened
 from omnisapiens_jax.atlas.pipeline import Pipeline, PipelineConfig
 from omnisapiens_jax.atlas.plan import MASKED, PlanConfig, Planner
 from omnisapiens_jax.atlas.schema import SampleError
 from omnisapiens_jax.atlas.sources import open_source
-from tests.atlas.toys import CONFIG, edit_row, recipe, write_atlas
+from omnisapiens_jax.processing.audio import log_mel
+from omnisapiens_jax.processing.vision import patchify
+from tests.atlas.toys import CONFIG, OPTIONS, edit_row, recipe, write_atlas
 
 BAD = 2  # a row with sound and video
 
@@ -131,3 +138,112 @@ def test_the_report_counts_all_and_shows_the_first(atlas):
         edit_row(atlas, row, modality_signature=" ")
     _, faults = length_index(open_source(atlas), recipe(), on_error="skip")
     assert "9 samples cannot be used" in faults.report() and "cremad: 3 schema" in faults.report()
+
+
+def fed_by(atlas, how, on_error, index, **options):
+    config = PlanConfig(batch_size=1, shuffle=False)
+    planner = Planner(index, choose_buckets(index, config, SlotCost.of(CONFIG)), config)
+    pipeline = Pipeline(open_source(atlas), how, planner, PipelineConfig(on_error, **options))
+    batches = [batch for _, batch in pipeline.batches(0, planner.steps_per_epoch)]
+    return {int(batch["index"][0]): batch for batch in batches if batch["index"][0] != MASKED}, pipeline.faults
+
+
+def garble(file):
+    """Breaks the pictures of a clip and leaves its index whole: it can be measured, not decoded."""
+    data = bytearray(file.read_bytes())
+    start = data.index(b"mdat") + 4
+    end = data.index(b"moov")
+    data[start:end] = b"\xff" * (end - start)
+    file.write_bytes(data)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_zero_feeds_silence_and_black_for_what_cannot_be_decoded(atlas, workers):
+    (atlas.parent / "audio/2.wav").write_bytes(b"RIFF" + b"\xff" * 400)
+    (atlas.parent / "video/2.mp4").write_bytes(b"not a clip")
+    garble(atlas.parent / "video/5.mp4")
+    edit_row(atlas, 1, answer="joy")  # what nothing can stand in for
+    index, faults = length_index(open_source(atlas), recipe(), on_error="zero", workers=workers)
+    assert index.ids.tolist() == [0, 2, 3, 4, 5, 6, 7, 8]
+    assert dict(faults.counts()) == {("meld_emotion", "media"): 1, ("cremad", "label"): 1}
+    report = faults.report(zero=True)
+    assert "1 samples cannot be used" in report and "1 samples have media that cannot be decoded: silence or black stands in" in report
+
+    fed, faults = fed_by(atlas, recipe(), "zero", index, workers=workers)
+    assert sorted(fed) == index.ids.tolist()
+    assert sorted((fault.row, fault.kind, fault.field) for fault in faults) == [(2, "media", "audios"), (5, "media", "videos")]
+    silence = log_mel(np.zeros(8000, np.float32))  # half a second
+    np.testing.assert_array_equal(fed[2]["audio_chunks"][0].reshape(-1, 128)[:50], silence)
+    assert fed[2]["audio_frames"][0].sum() == 50
+    bounds = {"min_pixels": OPTIONS.video_min_pixels, "max_pixels": OPTIONS.video_max_pixels}
+    black, _ = patchify(np.zeros((4, 224, 224, 3), np.uint8), CONFIG.vision, **bounds)
+    seen = fed[2]["patches"][0][fed[2]["patch_mask"][0]]
+    np.testing.assert_array_equal(seen, black)
+    whole, _ = fed_by(write_atlas(atlas.parent / "whole", count=9), recipe(), "raise", index)
+    assert (fed[5]["patch_mask"] == whole[5]["patch_mask"]).all()  # black, in the size that the clip has
+    assert np.unique(fed[5]["patches"][0][fed[5]["patch_mask"][0]], axis=0).shape[0] == 1
+    np.testing.assert_array_equal(fed[8]["patches"], whole[8]["patches"])
+
+
+def test_a_replaced_medium_that_is_mended_is_fed(atlas, tmp_path):
+    whole = (atlas.parent / "audio/2.wav").read_bytes()
+    (atlas.parent / "audio/2.wav").write_bytes(b"RIFF" + b"\xff" * 400)
+    length_index(open_source(atlas), recipe(), on_error="zero", cache=tmp_path / "cache")
+    (atlas.parent / "audio/2.wav").write_bytes(whole)
+    index, faults = length_index(open_source(atlas), recipe(), on_error="zero", cache=tmp_path / "cache")
+    fresh, _ = length_index(open_source(atlas), recipe(), on_error="raise")
+    assert not faults
+    np.testing.assert_array_equal(index.sizes, fresh.sizes)
+
+
+def test_bad_rows_are_listed_in_a_file_that_a_later_run_leaves_out(atlas, tmp_path):
+    path = tmp_path / "run" / "quarantine.jsonl"
+    truncate(atlas.parent / "video/2.mp4")
+    edit_row(atlas, 4, answer="joy")
+    for _ in range(2):  # started again
+        length_index(open_source(atlas), recipe(), on_error="skip", quarantine=path)
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [(line["row"], line["dataset"], line["field"], line["kind"]) for line in lines] == [
+        (2, "meld_emotion", "videos", "media"),
+        (4, "cremad", "answer", "label"),
+    ]
+    assert all(line["file"] == str(atlas) and line["reason"] for line in lines)
+    rows = quarantined_rows(path, open_source(atlas))
+    assert rows == {2, 4}
+    index, faults = length_index(open_source(atlas), recipe(), on_error="raise", leave_out=rows, cache=tmp_path / "cache")
+    assert index.ids.tolist() == [0, 1, 3, 5, 6, 7, 8] and not faults
+    with pytest.raises(BadSamples):  # the cache does not take the rows that were left out for good ones
+        length_index(open_source(atlas), recipe(), on_error="raise", cache=tmp_path / "cache")
+    other = write_atlas(tmp_path / "other", count=9)
+    assert not quarantined_rows(path, open_source(other))  # the same numbers of another file
+
+
+def test_a_list_that_was_cut_off_is_gone_on_with(tmp_path):
+    path = tmp_path / "quarantine.jsonl"
+    faults = [SampleError("broken", kind="media", file="a.jsonl", row=i, dataset="cremad", field="audios") for i in range(3)]
+    FaultLog(faults[:2], quarantine=path)
+    path.write_bytes(path.read_bytes()[:-5])
+    assert [fault.row for fault in read_quarantine(path)] == [0]
+    FaultLog(faults[1:], quarantine=path)
+    assert [fault.row for fault in read_quarantine(path)] == [0, 1, 2]
+    path.write_text('{"row": 1}\n')
+    with pytest.raises(ValueError, match="line 1: not a line of a quarantine list, which has file, row"):
+        read_quarantine(path)
+
+
+WRITER = """
+import sys
+from pathlib import Path
+from omnisapiens_jax.atlas.faults import FaultLog
+from omnisapiens_jax.atlas.schema import SampleError
+log = FaultLog(quarantine=Path(sys.argv[1]))
+for row in range(int(sys.argv[2]), int(sys.argv[2]) + 60):
+    log.add(SampleError("\u00fc" * 50, kind="media", file="a.jsonl", row=row, dataset="cremad", field="audios"))
+"""
+
+
+def test_processes_write_one_list_together(tmp_path):
+    path = tmp_path / "quarantine.jsonl"
+    writers = [subprocess.Popen([sys.executable, "-c", WRITER, path, start]) for start in ("0", "30")]
+    assert [writer.wait() for writer in writers] == [0, 0]
+    assert sorted(fault.row for fault in read_quarantine(path)) == [*range(90)]

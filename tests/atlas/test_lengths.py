@@ -21,7 +21,7 @@ def measured(monkeypatch):
     """Rows that were measured, in the order they were."""
     rows: list[int] = []
     real = Recipe.measure
-    monkeypatch.setattr(Recipe, "measure", lambda self, sample: rows.append(sample.id) or real(self, sample))
+    monkeypatch.setattr(Recipe, "measure", lambda self, sample, *rest: rows.append(sample.id) or real(self, sample, *rest))
     return rows
 
 

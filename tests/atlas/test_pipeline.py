@@ -102,7 +102,7 @@ def test_the_cache_keeps_within_its_bound(atlas):
 def test_a_cached_sample_is_decoded_once(atlas, monkeypatch):
     pipeline = make(atlas, PipelineConfig(cache_bytes=2**28, threads=0))
     built, real = [], Recipe.build
-    monkeypatch.setattr(Recipe, "build", lambda self, sample, excess: built.append(sample.id) or real(self, sample, excess))
+    monkeypatch.setattr(Recipe, "build", lambda self, sample, *rest: built.append(sample.id) or real(self, sample, *rest))
     list(pipeline.batches(0, 3 * pipeline.planner.steps_per_epoch))
     assert sorted(built) == list(range(30))
 

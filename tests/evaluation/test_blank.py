@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from omnisapiens_jax.atlas.ablation import WithoutTranscripts
 from omnisapiens_jax.atlas.sources import open_source
-from omnisapiens_jax.evaluation.evaluate import SILENCE, WithoutTranscripts, blank
+from omnisapiens_jax.evaluation.evaluate import SILENCE, blank
 from omnisapiens_jax.processing.audio import log_mel
 from omnisapiens_jax.resources import resource
 
