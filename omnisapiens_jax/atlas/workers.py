@@ -218,7 +218,7 @@ class _Worker:
             number = self._known.setdefault(decoder, len(self._known))
             until = time.monotonic() + self._deadline
             try:
-                _send(self._connection, (number, new, task, row, arguments), self._deadline)
+                send(self._connection, (number, new, task, row, arguments), self._deadline)
             except OSError:
                 raise self._obituary() from None
             while True:
@@ -276,7 +276,7 @@ class _Worker:
 
         _waiting(look, TimeoutError)
         try:
-            message = _receive(self._connection)
+            message = receive(self._connection)
         except OSError:
             message = None
         if message is None:
@@ -302,11 +302,11 @@ class _Worker:
             self._socket.close()
 
 
-# Between the two sides: a header, a pickle, and the arrays in a memory file whose descriptor goes with the header.
 _HEADER = struct.Struct("!QQ")  # bytes of the pickle, arrays
 
 
-def _send(connection: socket.socket, message: Any, timeout: float | None = None) -> None:
+def send(connection: socket.socket, message: Any, timeout: float | None = None) -> None:
+    """Sends what `receive` gets at the other end: a header, a pickle, and large arrays in a memory file that goes with the header."""
     buffers: list[memoryview] = []
 
     def keep(buffer: pickle.PickleBuffer) -> None:
@@ -342,8 +342,8 @@ def _write(file: int, data: memoryview) -> None:
         data = data[os.write(file, data) :]
 
 
-def _receive(connection: socket.socket) -> Any:
-    """The next message, or None at the end."""
+def receive(connection: socket.socket) -> Any:
+    """The next message, or None at the end. Its arrays lie in the memory that the sender filled."""
     header, files, _, _ = socket.recv_fds(connection, _HEADER.size, 1)
     if not header:
         return None
@@ -380,21 +380,21 @@ def _serve(file: int, memory: int, parent: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is the run's to handle
     _end_with(parent)
     connection, decoders = socket.socket(fileno=file), {}
-    _send(connection, ("ready", None))
-    while (request := _receive(connection)) is not None:
+    send(connection, ("ready", None))
+    while (request := receive(connection)) is not None:
         number, new, task, row, arguments = request
         try:
             if new is not None:
                 decoders[number] = pickle.loads(new)
                 _bound(memory)
-            tell = lambda sample: _send(connection, ("sample", (sample.file, sample.dataset)))  # noqa: E731
+            tell = lambda sample: send(connection, ("sample", (sample.file, sample.dataset)))  # noqa: E731
             answer = "answer", getattr(decoders[number], task)(row, *arguments, told=tell)
         except SampleError as fault:
             answer = "fault", fault
         except Exception as error:  # a mistake of ours, not of the row's: the run must stop with it
             error.add_note(f"In a worker process, at row {row}:\n{traceback.format_exc()}")
             answer = "error", error
-        _send(connection, answer)
+        send(connection, answer)
         del answer
 
 
