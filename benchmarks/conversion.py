@@ -25,8 +25,8 @@ import numpy as np
 
 from omnisapiens_jax.convert.huggingface import INDEX
 from omnisapiens_jax.convert.names import mappings
-from omnisapiens_jax.convert.tensors import SafetensorsWriter, blocks
 from omnisapiens_jax.models.config import PRESETS, ThinkerConfig
+from omnisapiens_jax.processing.tensors import SafetensorsWriter, blocks
 
 TOOL = Path(__file__).resolve().parents[1] / "tools" / "convert_weights.py"
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)

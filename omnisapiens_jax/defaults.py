@@ -37,9 +37,9 @@ def base(size: str) -> ConfigDict:
             "path": "",  # the folder of the splits; empty = the miniature atlas, made on first use
             "samples": 4500,  # of the miniature atlas
             "seed": 0,
-            "train": "train.jsonl",  # a .jsonl or .parquet file, or `train` for shards train-*.parquet
-            "validation": "validation.jsonl",
-            "test": "test.jsonl",
+            "train": "train",  # a split in any form that the folder has it, or a .jsonl or .parquet file
+            "validation": "validation",
+            "test": "test",
             "max_tokens": 256 if mini else 4096,
             "batches": "mixed" if mini else "homogeneous",
             "buckets": 1 if mini else 8,

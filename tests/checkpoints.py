@@ -10,8 +10,8 @@ import numpy as np
 
 from omnisapiens_jax.convert.names import lora_mappings
 from omnisapiens_jax.convert.source import Lora, Source
-from omnisapiens_jax.convert.tensors import HeldTensor
 from omnisapiens_jax.models.layers import LoraConfig
+from omnisapiens_jax.processing.tensors import HeldTensor
 from omnisapiens_jax.resources import resource
 from tests import tiny
 from tests.models import cases

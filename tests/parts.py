@@ -11,9 +11,9 @@ from flax import nnx
 
 from omnisapiens_jax.convert.loading import fill_parts
 from omnisapiens_jax.convert.parts import part_shapes
-from omnisapiens_jax.convert.tensors import Tensor
 from omnisapiens_jax.models.bam import ResidualAdapter
 from omnisapiens_jax.models.heads import DomainHeads
+from omnisapiens_jax.processing.tensors import Tensor
 from tests.oracle import run_oracle
 
 WIDTH = 24

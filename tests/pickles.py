@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from omnisapiens_jax.convert.tensors import StoredTensor
-from omnisapiens_jax.convert.torch_files import ShardedTensor
+from omnisapiens_jax.processing.tensors import StoredTensor
+from omnisapiens_jax.processing.torch_files import ShardedTensor
 
 
 @dataclasses.dataclass(frozen=True)

@@ -36,6 +36,8 @@ def test_a_command_can_be_run(command: list[str]) -> None:
         assert (REPO / arguments[0]).is_file()
         return
     assert importlib.util.find_spec(arguments[1])
+    if arguments[1] != "omnisapiens_jax.main":
+        return  # the others take files
     flags = dict(argument.removeprefix("--").split("=", 1) for argument in map(main._bundled, arguments[2:]))
     path, _, size = flags.pop("config").partition(":")
     assert flags.pop("workdir")

@@ -43,8 +43,8 @@ from omnisapiens_jax.convert.names import lora_mappings, mappings
 from omnisapiens_jax.convert.parts import ADAPTERS, HEADS
 from omnisapiens_jax.convert.source import FLOATS, Source
 from omnisapiens_jax.convert.source import Progress as Report
-from omnisapiens_jax.convert.tensors import nbytes
 from omnisapiens_jax.convert.unfinished import Journal, refuse_existing, whole_or_nothing
+from omnisapiens_jax.processing.tensors import nbytes
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

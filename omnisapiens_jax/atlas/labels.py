@@ -7,6 +7,8 @@ from functools import cached_property
 
 from omnisapiens_jax.atlas.schema import Sample
 
+_METRICS = {"emotion": "emotion_weighted_accuracy_mean", "sentiment_intensity": "F1w2", None: "judge_accuracy"}
+
 
 @dataclasses.dataclass(frozen=True)
 class Domain:
@@ -20,7 +22,8 @@ class Domain:
 class Dataset:
     """A source of the benchmark. `domain` is None and `labels` is empty for free-form question answering.
 
-    `benchmark` is the paper's task the dataset is averaged into; `labels` are those that occur in its gold answers.
+    `benchmark` is the paper's task the dataset is averaged into; `signature` its modalities; `labels` are those that occur in its gold
+    answers; `samples` is the paper's count of all splits together, None where it gives none.
     """
 
     name: str
@@ -28,11 +31,17 @@ class Dataset:
     signature: str
     domain: str | None
     labels: tuple[str, ...] = ()
+    samples: int | None = None
 
     @property
     def kind(self) -> str:
         """`cls` or `qa`, the suffix that the dataset's `task` strings carry."""
         return "qa" if self.domain is None else "cls"
+
+    @property
+    def metric(self) -> str:
+        """What the paper scores the dataset by, as `evaluation.metrics` names it; `judge_accuracy` is a language model's verdict."""
+        return _METRICS.get(self.domain, "weighted_f1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,27 +156,28 @@ HBA = LabelScheme(
         Domain("humour", ("not humour", "humour")),
     ),
     datasets=(
-        Dataset("cremad", "EMO", _TA, "emotion", ("anger", "disgust", "fear", "happy", "neutral", "sad")),
-        Dataset("meld_emotion", "EMO", _TAV, "emotion", _MELD_EMOTIONS),
-        Dataset("mosei_emotion", "EMO", _TAV, "emotion", ("anger", "disgust", "fear", "happy", "sad", "surprise")),
-        Dataset("tess", "EMO", _TA, "emotion", _MELD_EMOTIONS),
-        Dataset("urfunny", "HUM", _TAV, "humour", ("not humour", "humour")),
-        Dataset("intentqa", "INT", _TAV, None),
-        Dataset("ptsd_in_the_wild", "PTSD", _TAV, "mental_health_ptsd", ("no ptsd", "ptsd")),
-        Dataset("mmpsy_anxiety", "ANX", _T, "mental_health_anxiety", ("no anxiety", "anxiety")),
-        Dataset("mmpsy_depression", "DEP", _T, "mental_health_depression", ("no depression", "depression")),
-        Dataset("daicwoz", "DEP", _TA, "mental_health_depression", ("no depression", "depression")),
-        Dataset("meld_senti", "SEN", _TAV, "sentiment_intensity", ("negative", "neutral", "positive")),
+        Dataset("cremad", "EMO", _TA, "emotion", ("anger", "disgust", "fear", "happy", "neutral", "sad"), 7442),
+        Dataset("meld_emotion", "EMO", _TAV, "emotion", _MELD_EMOTIONS, 13_706),
+        Dataset("mosei_emotion", "EMO", _TAV, "emotion", ("anger", "disgust", "fear", "happy", "sad", "surprise"), 8598),
+        Dataset("tess", "EMO", _TA, "emotion", _MELD_EMOTIONS, 2800),
+        Dataset("urfunny", "HUM", _TAV, "humour", ("not humour", "humour"), 2125),
+        Dataset("intentqa", "INT", _TAV, None, samples=16_297),
+        Dataset("ptsd_in_the_wild", "PTSD", _TAV, "mental_health_ptsd", ("no ptsd", "ptsd"), 634),
+        Dataset("mmpsy_anxiety", "ANX", _T, "mental_health_anxiety", ("no anxiety", "anxiety"), 1275),
+        Dataset("mmpsy_depression", "DEP", _T, "mental_health_depression", ("no depression", "depression"), 1275),
+        Dataset("daicwoz", "DEP", _TA, "mental_health_depression", ("no depression", "depression"), 189),
+        Dataset("meld_senti", "SEN", _TAV, "sentiment_intensity", ("negative", "neutral", "positive"), 13_705),
         Dataset(
             "chsimsv2",
             "SEN",
             _TAV,
             "sentiment_intensity",
             ("highly negative", "weakly negative", "neutral", "weakly positive", "highly positive"),
+            4403,
         ),
-        Dataset("mosei_senti", "SEN", _TAV, "sentiment_intensity", _SENTIMENTS),
-        Dataset("mmsd", "SAR", _TAV, "sarcasm", ("not sarcasm", "sarcasm")),
-        Dataset("siq2", "SOC", _TAV, None),
-        Dataset("mimeqa", "NVC", _TAV, None),
+        Dataset("mosei_senti", "SEN", _TAV, "sentiment_intensity", _SENTIMENTS, 22_856),
+        Dataset("mmsd", "SAR", _TAV, "sarcasm", ("not sarcasm", "sarcasm"), 690),
+        Dataset("siq2", "SOC", _TAV, None, samples=6437),
+        Dataset("mimeqa", "NVC", _TAV, None, samples=806),
     ),
 )

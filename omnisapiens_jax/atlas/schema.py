@@ -7,19 +7,23 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from omnisapiens_jax.processing.descriptors.read import Descriptor
+
 MEDIA_FIELDS = ("images", "videos", "audios")
 FEATURE_FIELDS = ("ext_video_feats", "ext_audio_feats")
 TASK_KINDS = ("cls", "qa")
 
 Media = bytes | Path
+Feature = Media | Descriptor
 
 
 class SampleError(ValueError):
     """A row that cannot be used, with what a person needs to find and mend it.
 
     `kind` is one of `schema` (the row itself), `label` (answer outside the label scheme), `media` (a file that is missing or cannot be
-    decoded), `placeholders` (tags and media items do not match), `too_long` (no room left after shortening the transcript), and where rows
-    are decoded in processes of their own `crash`, `timeout` and `memory`: what ended the process.
+    decoded), `descriptor` (its file is broken), `placeholders` (tags and media items do not match), `too_long` (no room left after
+    shortening the transcript), and where rows are decoded in processes of their own `crash`, `timeout` and `memory`: what ended the
+    process.
     """
 
     def __init__(self, reason: str, *, kind: str, file: str, row: int, dataset: str, field: str) -> None:
@@ -36,10 +40,13 @@ def _rebuild_error(reason: str, kind: str, file: str, row: int, dataset: str, fi
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """A record of the atlas. Media and descriptor items are file paths (JSONL) or the file's bytes (parquet).
+    """A record of the atlas. Media and descriptor items are file paths (JSONL) or the file's bytes (tar, parquet).
+
+    A prepared atlas has its descriptors read already: pooled, and frame by frame with their times.
 
     `problem` is the whole prompt with literal `<audio>`, `<video>`, `<image>` tags; `task` ends in `_cls` or `_qa`; `rationale` is a
-    one-line reasoning text (miniature atlas only, "" elsewhere); `id` is the row index in `file`.
+    one-line reasoning text (miniature atlas only, "" elsewhere); `id` is the row index in `file`; `names` are the media's paths as the
+    release writes them, images first, then videos, then audios (parquet has none).
     """
 
     id: int
@@ -53,9 +60,10 @@ class Sample:
     images: tuple[Media, ...] = ()
     videos: tuple[Media, ...] = ()
     audios: tuple[Media, ...] = ()
-    ext_video_feats: tuple[Media, ...] = ()
-    ext_audio_feats: tuple[Media, ...] = ()
+    ext_video_feats: tuple[Feature, ...] = ()
+    ext_audio_feats: tuple[Feature, ...] = ()
     rationale: str = ""
+    names: tuple[str, ...] = ()
 
     @property
     def kind(self) -> str:
@@ -149,4 +157,5 @@ def sample_from_row(row: Mapping[str, Any], *, file: str, index: int, root: Path
         ext_video_feats=items("ext_video_feats"),
         ext_audio_feats=items("ext_audio_feats"),
         rationale=optional_text("rationale", ""),
+        names=() if root is None else tuple(str(path) for field in MEDIA_FIELDS for path in row.get(field) or ()),
     )

@@ -1,7 +1,9 @@
-"""Random access to the rows of an atlas file: JSONL beside its media, or parquet with the media inside."""
+"""Random access to the rows of an atlas: JSONL beside its media or their tars, parquet with the media inside, or a prepared ArrayRecord."""
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import hashlib
 import json
 import os
@@ -14,7 +16,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from omnisapiens_jax.atlas.schema import FEATURE_FIELDS, MEDIA_FIELDS, Sample, SampleError, sample_from_row
+from omnisapiens_jax.atlas import records
+from omnisapiens_jax.atlas.schema import FEATURE_FIELDS, MEDIA_FIELDS, Feature, Sample, SampleError, sample_from_row
+from omnisapiens_jax.atlas.tars import TarFiles
+
+SPLITS = ("train", "validation", "test")
+# What the tar release calls its splits.
+RELEASED = {
+    "train": "final_v8_train_cleaned_2.jsonl",
+    "validation": "final_v8_val_cleaned.jsonl",
+    "test": "final_v8_test_cleaned.jsonl",
+}
 
 
 class Source(Protocol):
@@ -29,29 +41,59 @@ class Source(Protocol):
         ...
 
 
-def open_source(path: str | Path) -> Source:
+def open_source(path: str | Path) -> JsonlSource | ParquetSource | ArrayRecordSource:
     """The source at a path: a `.jsonl` or `.parquet` file, or a split without the ending.
 
-    `DIR/train` means `DIR/train.jsonl`, `DIR/train.parquet` or the shards `DIR/train-*.parquet`, the first that there is.
+    `DIR/train` means the split of a prepared atlas in DIR, `DIR/train.jsonl`, the tar release's `DIR/final_v8_train_cleaned_2.jsonl`,
+    `DIR/train.parquet` or the shards `DIR/train-*.parquet`, the first that there is.
+
+    Raises:
+        FileNotFoundError: there is none of these.
+        ValueError: a tar beside the JSONL, or the prepared atlas, is broken.
     """
     path = Path(path)
-    for lines in (path, path.with_name(f"{path.name}.jsonl")):
+    if (path.parent / records.RECEIPT).is_file():
+        return ArrayRecordSource(path.parent, path.name)
+    for lines in (path, path.with_name(f"{path.name}.jsonl"), path.with_name(RELEASED.get(path.name, path.name))):
         if lines.is_file() and lines.suffix == ".jsonl":
             return JsonlSource(lines)
     for shards in ([path], [path.with_name(f"{path.name}.parquet")], sorted(path.parent.glob(f"{path.name}-*.parquet"))):
         if shards and all(shard.is_file() and shard.suffix == ".parquet" for shard in shards):
             return ParquetSource(shards)
+    released = f", {RELEASED[path.name]}" if path.name in RELEASED else ""
     raise FileNotFoundError(
         f"no atlas at {path}: expected a .jsonl or .parquet file, or a split's name such as {path.with_name(path.stem)}, which stands for "
-        f"the file {path.stem}.jsonl, {path.stem}.parquet or shards {path.stem}-*.parquet"
+        f"the file {path.stem}.jsonl{released}, {path.stem}.parquet or shards {path.stem}-*.parquet, or a split of a prepared atlas"
     )
 
 
+def open_splits(folder: str | Path) -> dict[str, JsonlSource | ParquetSource | ArrayRecordSource]:
+    """Those of train, validation and test that a folder has, in this order.
+
+    Raises:
+        FileNotFoundError: it has none.
+    """
+    found = {}
+    for split in SPLITS:
+        with contextlib.suppress(FileNotFoundError):
+            found[split] = open_source(Path(folder) / split)
+    if not found:
+        raise FileNotFoundError(
+            f"no atlas in {folder}: expected splits named {', '.join(SPLITS)} as .jsonl, .parquet or parquet shards, the tar release's "
+            f"{', '.join(RELEASED.values())}, or a prepared atlas"
+        )
+    return found
+
+
 class JsonlSource:
-    """One JSON object a line; media paths are relative to the file's directory. Lines are read when asked for."""
+    """One JSON object a line; media paths are relative to the file's directory. Lines are read when asked for.
+
+    Media and descriptors that the tars in that directory hold come as bytes, all others as paths.
+    """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        self._tars = TarFiles(self.path.parent)
         offsets, digest, position = [], hashlib.sha256(), 0
         with self.path.open("rb") as file:
             for line in file:
@@ -66,7 +108,27 @@ class JsonlSource:
         return len(self._offsets)
 
     def __getitem__(self, index: int) -> Sample:
-        index = _checked(index, len(self))
+        sample = sample_from_row(self._row(_checked(index, len(self))), file=str(self.path), index=index, root=self.path.parent)
+        if not len(self._tars):
+            return sample
+        return dataclasses.replace(sample, **{field: self._fetched(sample, field) for field in (*MEDIA_FIELDS, *FEATURE_FIELDS)})
+
+    def datasets(self) -> list[str]:
+        """The dataset of every row, "" where the row does not say."""
+        names = []
+        for index in range(len(self)):
+            try:
+                name = self._row(index).get("dataset")
+            except SampleError:
+                name = None
+            names.append(name if isinstance(name, str) else "")
+        return names
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the file."""
+        return self._digest
+
+    def _row(self, index: int) -> dict[str, Any]:
         with self.path.open("rb") as file:
             file.seek(self._offsets[index])
             line = file.readline()
@@ -77,11 +139,18 @@ class JsonlSource:
             row, problem = {}, f"is not JSON: {error}"
         if problem:
             raise SampleError(problem, kind="schema", file=str(self.path), row=index, dataset="?", field="(the line)")
-        return sample_from_row(row, file=str(self.path), index=index, root=self.path.parent)
+        return row
 
-    def fingerprint(self) -> str:
-        """SHA-256 of the file."""
-        return self._digest
+    def _fetched(self, sample: Sample, field: str) -> tuple[Feature, ...]:
+        """The items of a field, as bytes where a tar has them."""
+        items: list[Feature] = []
+        for item in getattr(sample, field):
+            try:
+                content = self._tars.read(os.path.relpath(item, self.path.parent)) if isinstance(item, Path) else None
+            except OSError as reason:
+                raise sample.error(str(reason), kind="media", field=field) from reason
+            items.append(item if content is None else content)
+        return tuple(items)
 
 
 class ParquetSource:
@@ -136,6 +205,18 @@ class ParquetSource:
             raise SampleError(reason, kind="schema", file=file, row=index, dataset="?", field="(the row)") from error
         return sample_from_row(row, file=str(self.paths[shard]), index=index, root=None)
 
+    def datasets(self) -> list[str]:
+        """The dataset of every row, "" where the row does not say."""
+        names: list[str] = []
+        for shard, group, count in self._groups:
+            try:
+                with pq.ParquetFile(self.paths[shard]) as file:
+                    rows = file.read_row_group(group, columns=["dataset"]).to_pylist()
+            except (OSError, ValueError, pa.ArrowException):
+                rows = [{}] * count  # each row's own fault, told when it is read
+            names += [name if isinstance(name := row.get("dataset"), str) else "" for row in rows]
+        return names
+
     def fingerprint(self) -> str:
         """SHA-256 over the shards' names, sizes and footers."""
         return self._digest
@@ -159,6 +240,42 @@ class ParquetSource:
             heavy = {*MEDIA_FIELDS, *FEATURE_FIELDS}
             names = [name for name in file.schema_arrow.names if (name in heavy) == media]
             return file.read_row_group(number, columns=names)
+
+
+class ArrayRecordSource:
+    """A split of an atlas that `atlas.prepare` made, read through TFDS without tensorflow. Needs the extra `tfds`.
+
+    A random row costs one read. Media are bytes, descriptors are read already.
+    """
+
+    def __init__(self, folder: str | Path, split: str) -> None:
+        """Args:
+            folder: where `dataset_info.json` lies, such as `DIR/human_behavior_atlas/all/1.0.0`.
+            split: one of its splits.
+
+        Raises:
+            FileNotFoundError: there is no such split, or shards of it are missing.
+            ImportError: the extra `tfds` is not installed.
+        """
+        self.folder, self.split = Path(folder), split
+        self._receipt = records.Receipt.load(self.folder)
+        self._receipt.check(self.folder, split)
+        self._records = records.open_records(self.folder, split)
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> Sample:
+        index = _checked(index, len(self))
+        return records.decode(self._records[index], file=str(self.folder / self.split), index=index)
+
+    def datasets(self) -> list[str]:
+        """The dataset of every row."""
+        return self._receipt.datasets(self.split)
+
+    def fingerprint(self) -> str:
+        """SHA-256 over the checksums of the shards."""
+        return self._receipt.fingerprint(self.split)
 
 
 def _footer(path: Path, size: int) -> bytes:

@@ -35,11 +35,11 @@ from omnisapiens_jax.convert.names import Mapping as Row
 from omnisapiens_jax.convert.names import lora_mappings, mappings
 from omnisapiens_jax.convert.parts import write_parts
 from omnisapiens_jax.convert.source import Lora, Params, Progress, Source, check_one_dtype, check_params, params_source
-from omnisapiens_jax.convert.tensors import ConversionError, Tensor, as_bytes, blocks, read_finite, some
 from omnisapiens_jax.convert.unfinished import Journal, flush, whole_or_nothing
 from omnisapiens_jax.models.config import ThinkerConfig
 from omnisapiens_jax.models.layers import LoraConfig, LoraParam
 from omnisapiens_jax.models.thinker import Thinker
+from omnisapiens_jax.processing.tensors import ConversionError, Tensor, as_bytes, blocks, read_finite, some
 
 FORMAT = "omnisapiens-jax thinker"
 VERSION = 2

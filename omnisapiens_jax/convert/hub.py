@@ -8,7 +8,7 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
 
-from omnisapiens_jax.convert.tensors import ConversionError
+from omnisapiens_jax.processing.tensors import ConversionError
 
 _ID = re.compile(r"[\w.-]+/[\w.-]+(?:@[\w./-]+)?")
 # Weights, settings and vocabulary of every kind; optimizers, which may lie beside them, are of no use here.

@@ -16,7 +16,9 @@ import numpy as np
 from omnisapiens_jax.convert.names import mappings
 from omnisapiens_jax.convert.parts import write_released
 from omnisapiens_jax.convert.source import Params, Progress, Skipped, Source, params_source
-from omnisapiens_jax.convert.tensors import (
+from omnisapiens_jax.convert.unfinished import Journal, flush, whole_or_nothing
+from omnisapiens_jax.models.config import ThinkerConfig
+from omnisapiens_jax.processing.tensors import (
     ConversionError,
     SafetensorsWriter,
     Tensor,
@@ -27,8 +29,6 @@ from omnisapiens_jax.convert.tensors import (
     read_safetensors,
     some,
 )
-from omnisapiens_jax.convert.unfinished import Journal, flush, whole_or_nothing
-from omnisapiens_jax.models.config import ThinkerConfig
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 RECEIPT = "conversion_manifest.json"

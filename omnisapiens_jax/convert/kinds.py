@@ -17,9 +17,9 @@ from omnisapiens_jax.convert.peft import ADAPTER, ADAPTER_CONFIG
 from omnisapiens_jax.convert.runs import is_stage, open_stage, stages
 from omnisapiens_jax.convert.shards import join_shards
 from omnisapiens_jax.convert.source import Lora, Skipped, Source
-from omnisapiens_jax.convert.tensors import ConversionError, StoredTensor, Tensor, read_safetensors, some
-from omnisapiens_jax.convert.torch_files import ShardedTensor, read_torch_file
 from omnisapiens_jax.models.layers import LORA_TARGETS, LoraConfig
+from omnisapiens_jax.processing.tensors import ConversionError, StoredTensor, Tensor, read_safetensors, some
+from omnisapiens_jax.processing.torch_files import ShardedTensor, read_torch_file
 
 ADAPTER_PICKLED = "adapter_model.bin"
 STATE, STATE_META = "pytorch_model_fsdp.bin", "meta.json"

@@ -18,7 +18,6 @@ from omnisapiens_jax.convert.kinds import open_source
 from omnisapiens_jax.convert.names import Mapping as Row
 from omnisapiens_jax.convert.names import lora_mappings, mappings
 from omnisapiens_jax.convert.source import Params, Source
-from omnisapiens_jax.convert.tensors import Tensor, read_finite
 from omnisapiens_jax.models.bam import ResidualAdapter
 from omnisapiens_jax.models.config import ThinkerConfig
 from omnisapiens_jax.models.heads import DomainHeads
@@ -27,6 +26,7 @@ from omnisapiens_jax.models.thinker import Thinker
 from omnisapiens_jax.parallel.mesh import make_mesh, shardings
 from omnisapiens_jax.processing.options import ProcessingConfig
 from omnisapiens_jax.processing.processor import Processor
+from omnisapiens_jax.processing.tensors import Tensor, read_finite
 from omnisapiens_jax.processing.tokenizers import open_tokenizer
 
 

@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from omnisapiens_jax.convert.tensors import ConversionError, HeldTensor, SafetensorsWriter, Tensor, as_bytes, read_finite, some
-from omnisapiens_jax.convert.torch_files import write_torch_file
+from omnisapiens_jax.processing.tensors import ConversionError, HeldTensor, SafetensorsWriter, Tensor, as_bytes, read_finite, some
+from omnisapiens_jax.processing.torch_files import write_torch_file
 
 HEADS, ADAPTERS = "heads.bin", "adapters.bin"
 OURS = "parts.safetensors"

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from omnisapiens_jax.convert.huggingface import write_files
 from omnisapiens_jax.convert.source import Progress, Source
-from omnisapiens_jax.convert.tensors import ConversionError
 from omnisapiens_jax.convert.unfinished import Journal
 from omnisapiens_jax.models.layers import LORA_TARGETS
+from omnisapiens_jax.processing.tensors import ConversionError
 
 ADAPTER_CONFIG, ADAPTER = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."

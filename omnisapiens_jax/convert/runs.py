@@ -13,9 +13,9 @@ import numpy as np
 from omnisapiens_jax.convert.checkpoint import stored_tensors
 from omnisapiens_jax.convert.names import lora_mappings, mappings
 from omnisapiens_jax.convert.source import Lora, Source
-from omnisapiens_jax.convert.tensors import ConversionError, HeldTensor, Tensor
 from omnisapiens_jax.models.config import ThinkerConfig
 from omnisapiens_jax.models.layers import LoraConfig
+from omnisapiens_jax.processing.tensors import ConversionError, HeldTensor, Tensor
 from omnisapiens_jax.resources import resource
 
 CONFIG = "config.json"  # of the run, beside the folders of its stages

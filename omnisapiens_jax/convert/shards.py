@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from omnisapiens_jax.convert.tensors import ConversionError, StoredTensor, Tensor
-from omnisapiens_jax.convert.torch_files import ShardedTensor
+from omnisapiens_jax.processing.tensors import ConversionError, File, StoredTensor, Tensor
+from omnisapiens_jax.processing.torch_files import ShardedTensor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +23,7 @@ class JoinedTensor:
     shape: tuple[int, ...]
 
     @property
-    def file(self) -> Path:
+    def file(self) -> File:
         """Where the first piece lies."""
         return self.pieces[0].file
 

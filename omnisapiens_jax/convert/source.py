@@ -15,9 +15,9 @@ from flax import traverse_util
 from omnisapiens_jax.convert.names import Mapping as Row
 from omnisapiens_jax.convert.names import lora_mappings, mappings
 from omnisapiens_jax.convert.parts import PartShapes, part_shapes
-from omnisapiens_jax.convert.tensors import ConversionError, HeldTensor, Tensor, some
 from omnisapiens_jax.models.config import ThinkerConfig
 from omnisapiens_jax.models.layers import LoraConfig
+from omnisapiens_jax.processing.tensors import ConversionError, File, HeldTensor, Tensor, some
 
 # Names of the dtypes that parameters are stored in.
 FLOATS = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
@@ -124,7 +124,7 @@ class MergedTensor:
         return self.base.name
 
     @property
-    def file(self) -> Path:
+    def file(self) -> File:
         """That of the weight."""
         return self.base.file
 

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from omnisapiens_jax.convert.tensors import ConversionError
+from omnisapiens_jax.processing.tensors import ConversionError
 
 JOURNAL = "journal.jsonl"
 

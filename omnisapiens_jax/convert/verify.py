@@ -18,12 +18,12 @@ from flax import nnx
 from omnisapiens_jax.convert import checkpoint
 from omnisapiens_jax.convert.kinds import open_source
 from omnisapiens_jax.convert.source import Progress, Source, read_params
-from omnisapiens_jax.convert.tensors import ConversionError, Tensor, as_bytes, blocks, nbytes, some
 from omnisapiens_jax.models.config import ThinkerConfig
 from omnisapiens_jax.models.thinker import Thinker
 from omnisapiens_jax.processing.audio import audio_token_count
 from omnisapiens_jax.processing.example import Example, collate, lay_out
 from omnisapiens_jax.processing.positions import rope_positions
+from omnisapiens_jax.processing.tensors import ConversionError, Tensor, as_bytes, blocks, nbytes, some
 
 _READ_BYTES = 32 << 20
 STAGES = ("audio", "vision", "penultimate", "last", "logits")

@@ -117,14 +117,12 @@ def dataset_metrics(
 def benchmark_scores(scheme: LabelScheme, metrics: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
     """Score of every benchmark task that has datasets in `metrics` (from `dataset_metrics`): the unweighted mean of their metric.
 
-    The metric is `F1w2` for sentiment, `emotion_weighted_accuracy_mean` for emotion, `weighted_f1` for the other classifications and
-    exact accuracy for free-form answers.
+    The metric is the dataset's own (`Dataset.metric`), but exact accuracy for free-form answers, which the benchmark has judged.
     """
     scores: dict[str, list[float]] = {}
     for name, values in metrics.items():
         dataset = scheme.dataset(name)
-        special = {SENTIMENT: "F1w2", EMOTION: "emotion_weighted_accuracy_mean", None: "accuracy"}
-        scores.setdefault(dataset.benchmark, []).append(values[special.get(dataset.domain, "weighted_f1")])
+        scores.setdefault(dataset.benchmark, []).append(values["accuracy" if dataset.kind == "qa" else dataset.metric])
     return {task: float(np.mean(values)) for task, values in sorted(scores.items())}
 
 

@@ -34,6 +34,22 @@ def test_the_map_has_53_entries_25_classes_and_16_datasets():
         assert indices <= set(HBA.head_classes(head))
 
 
+def test_the_table_has_the_papers_sizes_modalities_and_metrics():
+    counts = {d.name: d.samples or 0 for d in HBA.datasets}
+    assert sum(counts.values()) - counts["mmpsy_depression"] == 101_963  # the figure counts MMPsy once
+    by_signature = {s: sum(counts[d.name] for d in HBA.datasets if d.signature == s) for s in {d.signature for d in HBA.datasets}}
+    assert by_signature["text_audio"] == 10_431 and by_signature["text"] == 2_550  # as the released parquet has them
+    metrics = {}
+    for dataset in HBA.datasets:
+        metrics.setdefault(dataset.benchmark, set()).add(dataset.metric)
+    assert metrics == {
+        "EMO": {"emotion_weighted_accuracy_mean"},
+        "SEN": {"F1w2"},
+        **{task: {"weighted_f1"} for task in ("HUM", "PTSD", "ANX", "DEP", "SAR")},
+        **{task: {"judge_accuracy"} for task in ("INT", "SOC", "NVC")},
+    }
+
+
 @pytest.mark.parametrize(
     ("dataset", "answer", "index"),
     [

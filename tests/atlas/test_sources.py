@@ -9,7 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from omnisapiens_jax.atlas.schema import SampleError
-from omnisapiens_jax.atlas.sources import JsonlSource, ParquetSource, open_source
+from omnisapiens_jax.atlas.sources import JsonlSource, ParquetSource, open_source, open_splits
+from tests.atlas.release import BYTES, TEXTS, write_release
 
 LISTS = ("images", "videos", "audios", "ext_video_feats", "ext_audio_feats")
 
@@ -112,3 +113,36 @@ def test_fingerprints_follow_the_content(jsonl, parquet):
     jsonl.write_text(jsonl.read_text().replace("sad", "mad", 1))
     (parquet.parent / "train-00001-of-00002.parquet").unlink()
     assert open_source(jsonl).fingerprint() != before[0] and open_source(parquet).fingerprint() != before[1]
+
+
+def test_every_form_of_the_release_is_found_by_its_splits_and_holds_the_same(tmp_path):
+    for form in ("parquet", "tar", "jsonl"):
+        written = write_release(tmp_path / form, 96, form)
+        splits = open_splits(tmp_path / form)
+        assert [*splits] == ["train", "validation", "test"]
+        for split, source in splits.items():
+            rows = written[split]
+            assert len(source) == len(rows) and source.datasets() == [row["dataset"] for row in rows]
+            for i, row in enumerate(rows):
+                sample = source[i]
+                assert all(getattr(sample, name) == row[name] for name in TEXTS)
+                for field in BYTES:
+                    items = [item if isinstance(item, bytes) else item.read_bytes() for item in getattr(sample, field)]
+                    assert items == [data for _, data in row[field]]
+                    assert all(isinstance(item, Path) == (form == "jsonl") for item in getattr(sample, field))
+                paths = [path for field in ("images", "videos", "audios") for path, _ in row[field]]
+                assert list(sample.names) == ([] if form == "parquet" else paths)
+    with pytest.raises(FileNotFoundError, match="final_v8_test_cleaned.jsonl"):
+        open_splits(tmp_path)
+
+
+def test_what_a_tar_does_not_hold_stays_a_path_beside_it(tmp_path):
+    write_release(tmp_path, 96, "tar")
+    (tmp_path / "media.tar").unlink()
+    sample = next(sample for sample in map(open_source(tmp_path / "train").__getitem__, range(10)) if sample.audios)
+    assert sample.audios == (tmp_path / sample.names[-1],) and isinstance(sample.ext_audio_feats[0], bytes)
+
+
+def test_a_row_that_does_not_say_its_dataset_has_none(jsonl):
+    jsonl.write_text("not JSON\n" + jsonl.read_text() + "[]\n")
+    assert JsonlSource(jsonl).datasets() == ["", *["cremad"] * 23, ""]

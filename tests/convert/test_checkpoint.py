@@ -19,10 +19,10 @@ from safetensors.numpy import load_file
 from omnisapiens_jax.convert import checkpoint, huggingface
 from omnisapiens_jax.convert.names import mappings
 from omnisapiens_jax.convert.source import FLOATS, Params, read_params
-from omnisapiens_jax.convert.tensors import ConversionError
 from omnisapiens_jax.convert.unfinished import whole_or_nothing
 from omnisapiens_jax.models.layers import LoraConfig, LoraParam
 from omnisapiens_jax.models.thinker import Thinker
+from omnisapiens_jax.processing.tensors import ConversionError
 from tests.convert.test_huggingface import store, tensors
 from tests.models import cases, ours
 

@@ -19,7 +19,7 @@ from safetensors.numpy import load_file
 from omnisapiens_jax.convert import verify
 from omnisapiens_jax.convert.kinds import open_source
 from omnisapiens_jax.convert.parts import HEADS
-from omnisapiens_jax.convert.torch_files import write_torch_file
+from omnisapiens_jax.processing.torch_files import write_torch_file
 from tests import pickles
 from tests.convert.test_huggingface import store, tensors
 from tests.convert.test_peft import exported, random_lora

@@ -14,9 +14,9 @@ from safetensors.numpy import load_file, save_file
 from omnisapiens_jax.convert import huggingface
 from omnisapiens_jax.convert.huggingface import INDEX, SINGLE
 from omnisapiens_jax.convert.source import FLOATS, Params, Source, read_params
-from omnisapiens_jax.convert.tensors import ConversionError
 from omnisapiens_jax.convert.unfinished import whole_or_nothing
 from omnisapiens_jax.models.config import ThinkerConfig
+from omnisapiens_jax.processing.tensors import ConversionError
 from tests.models import cases
 from tests.oracle import run_oracle
 

@@ -19,13 +19,13 @@ from omnisapiens_jax.convert.checkpoint import write_checkpoint
 from omnisapiens_jax.convert.huggingface import copy_companions, write_thinker
 from omnisapiens_jax.convert.kinds import canonical, open_source
 from omnisapiens_jax.convert.loading import Loaded
-from omnisapiens_jax.convert.tensors import ConversionError, Tensor
-from omnisapiens_jax.convert.torch_files import write_torch_file
 from omnisapiens_jax.convert.unfinished import whole_or_nothing
 from omnisapiens_jax.models.heads import pool
 from omnisapiens_jax.models.thinker import Thinker
 from omnisapiens_jax.parallel.mesh import make_mesh
 from omnisapiens_jax.processing.example import Bucket
+from omnisapiens_jax.processing.tensors import ConversionError, Tensor
+from omnisapiens_jax.processing.torch_files import write_torch_file
 from omnisapiens_jax.resources import resource
 from tests.models import cases
 from tests.oracle import run_oracle

@@ -26,12 +26,12 @@ from omnisapiens_jax.convert.kinds import open_source
 from omnisapiens_jax.convert.loading import read_params_onto
 from omnisapiens_jax.convert.names import lora_mappings, mappings
 from omnisapiens_jax.convert.source import read_params
-from omnisapiens_jax.convert.tensors import ConversionError, Tensor
 from omnisapiens_jax.convert.unfinished import whole_or_nothing
 from omnisapiens_jax.models.layers import LORA_TARGETS, LoraConfig, LoraParam
 from omnisapiens_jax.models.thinker import Thinker
 from omnisapiens_jax.parallel.mesh import shardings
 from omnisapiens_jax.processing.options import ProcessingConfig
+from omnisapiens_jax.processing.tensors import ConversionError, Tensor
 from tests import tiny
 from tests.checkpoints import tiny_thinker, with_factors
 from tests.training.world import mesh_of

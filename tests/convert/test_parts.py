@@ -12,8 +12,8 @@ import pytest
 from safetensors.numpy import load_file
 
 from omnisapiens_jax.convert.parts import ADAPTERS, HEADS, OURS, AdapterShape, is_part, modern, part_shapes, write_parts, write_released
-from omnisapiens_jax.convert.tensors import ConversionError, HeldTensor, Tensor
-from omnisapiens_jax.convert.torch_files import read_torch_file
+from omnisapiens_jax.processing.tensors import ConversionError, HeldTensor, Tensor
+from omnisapiens_jax.processing.torch_files import read_torch_file
 from tests import parts
 from tests.oracle import run_oracle
 

@@ -22,11 +22,11 @@ from omnisapiens_jax.convert.huggingface import write_thinker
 from omnisapiens_jax.convert.kinds import open_source
 from omnisapiens_jax.convert.loading import read_params_onto
 from omnisapiens_jax.convert.source import Lora, Source, read_params
-from omnisapiens_jax.convert.tensors import ConversionError, HeldTensor
 from omnisapiens_jax.convert.unfinished import whole_or_nothing
 from omnisapiens_jax.models.layers import LORA_TARGETS
 from omnisapiens_jax.models.thinker import Thinker
 from omnisapiens_jax.parallel.mesh import make_mesh
+from omnisapiens_jax.processing.tensors import ConversionError, HeldTensor
 from tests.models import cases, ours, references
 from tests.oracle import run_oracle
 

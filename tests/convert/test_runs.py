@@ -20,9 +20,9 @@ from omnisapiens_jax.convert.huggingface import write_thinker
 from omnisapiens_jax.convert.kinds import open_source
 from omnisapiens_jax.convert.names import lora_mappings, mappings
 from omnisapiens_jax.convert.source import Source
-from omnisapiens_jax.convert.tensors import ConversionError, HeldTensor, Tensor
 from omnisapiens_jax.convert.unfinished import whole_or_nothing
 from omnisapiens_jax.parallel.mesh import shardings
+from omnisapiens_jax.processing.tensors import ConversionError, HeldTensor, Tensor
 from omnisapiens_jax.training.checkpoints import Checkpoints
 from omnisapiens_jax.training.jobs import claim
 from omnisapiens_jax.training.state import TrainState, lora_config, make_thinker, trainable_filter

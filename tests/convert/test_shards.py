@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from omnisapiens_jax.convert.shards import join_shards
-from omnisapiens_jax.convert.tensors import ConversionError, StoredTensor
-from omnisapiens_jax.convert.torch_files import ShardedTensor, read_torch_file
+from omnisapiens_jax.processing.tensors import ConversionError, StoredTensor
+from omnisapiens_jax.processing.torch_files import ShardedTensor, read_torch_file
 from tests.oracle import run_oracle
 from tests.pickles import Call, Name, archive, tensor
 

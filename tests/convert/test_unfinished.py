@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 from omnisapiens_jax.convert import unfinished
-from omnisapiens_jax.convert.tensors import ConversionError
 from omnisapiens_jax.convert.unfinished import JOURNAL, Journal, whole_or_nothing
+from omnisapiens_jax.processing.tensors import ConversionError
 
 REPO = Path(__file__).resolve().parents[2]
 FACTS = {"source": "here", "sizes": [1, 2]}

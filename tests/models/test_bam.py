@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from omnisapiens_jax.convert.torch_files import read_torch_file
 from omnisapiens_jax.models import bam
 from omnisapiens_jax.models.bam import ResidualAdapter
+from omnisapiens_jax.processing.torch_files import read_torch_file
 from tests import parts
 
 TOLERANCE = 1e-5  # float32: sums of up to 6373 products, times an alpha of 4, round to about 3e-6

@@ -9,8 +9,8 @@ import optax
 import pytest
 from flax import nnx
 
-from omnisapiens_jax.convert.torch_files import read_torch_file
 from omnisapiens_jax.models.heads import DomainHeads, pool
+from omnisapiens_jax.processing.torch_files import read_torch_file
 from tests import parts
 
 TOLERANCE = 1e-5  # float32: sums of 30 and of 24 products of values below 10 round to about 1e-6

@@ -18,10 +18,10 @@ from omnisapiens_jax.convert.huggingface import copy_companions
 from omnisapiens_jax.convert.kinds import open_source
 from omnisapiens_jax.convert.names import lora_mappings
 from omnisapiens_jax.convert.source import read_params
-from omnisapiens_jax.convert.tensors import ConversionError
 from omnisapiens_jax.convert.unfinished import whole_or_nothing
 from omnisapiens_jax.models.layers import LoraConfig, LoraParam
 from omnisapiens_jax.parallel.mesh import shardings
+from omnisapiens_jax.processing.tensors import ConversionError
 from omnisapiens_jax.processing.tokenizers import MiniTokenizer
 from omnisapiens_jax.training.checkpoints import Checkpoints
 from omnisapiens_jax.training.data import Atlas

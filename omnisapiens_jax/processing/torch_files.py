@@ -8,11 +8,14 @@ allocates what a hostile file asks for.
 
 from __future__ import annotations
 
+import codecs
 import dataclasses
 import io
+import itertools
 import math
 import os
 import pickle
+import pickletools
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,9 +24,12 @@ from typing import Any, BinaryIO
 import ml_dtypes
 import numpy as np
 
-from omnisapiens_jax.convert.tensors import ConversionError, StoredTensor, as_bytes
+from omnisapiens_jax.processing.tensors import ConversionError, File, HeldFile, HeldTensor, StoredTensor, as_bytes
 
 _LONGEST_PICKLE = 8 << 20  # bytes; that of the largest shard of the family has about one MiB, and a hostile one takes 70 times its length
+# Arrays of numpy lie in the pickle itself, so one that holds them may be longer, if it is long because of them: of few instructions.
+_LONGEST_WITH_ARRAYS = 256 << 20
+_MOST_INSTRUCTIONS = 200_000
 _LONGEST_NAME = 500
 _MOST_AXES = 32
 _LARGEST_SHAPE = 1 << 48  # elements; beyond it numpy's arithmetic on shapes overflows
@@ -57,6 +63,8 @@ _DTYPES: dict[str, np.dtype] = {
     "bool": np.dtype(np.bool_),
 }
 
+_ARRAY_DTYPES: dict[str, np.dtype] = {name: np.dtype(name) for name in "f2 f4 f8 i1 i2 i4 i8 u1 u2 u4 u8 b1".split()}
+
 # All that a pickle may name, by the modules that torch 1.6 to 2.13 keep it in. The last part of a name is enough to tell it.
 _NAMES = {
     "collections.OrderedDict",
@@ -65,6 +73,12 @@ _NAMES = {
     "torch.storage.UntypedStorage",
     "torch._tensor._rebuild_from_type_v2",
     *(f"torch._utils._rebuild_{what}" for what in ("tensor_v2", "tensor_v3", "parameter", "parameter_with_state", "wrapper_subclass")),
+    # Of arrays of numpy 1 and 2, whose bytes older protocols spell as text.
+    "numpy.ndarray",
+    "numpy.dtype",
+    *(f"numpy.{module}.multiarray.{name}" for module in ("core", "_core") for name in ("_reconstruct", "scalar")),
+    "_codecs.encode",
+    *(f"{module}.bytes" for module in ("__builtin__", "builtins")),  # empty ones
     # Of tensors that are divided over a mesh of devices.
     *(f"torch.distributed.{module}.DTensor" for module in ("tensor", "tensor._api", "_tensor", "_tensor.api")),
     *(
@@ -95,11 +109,11 @@ class ShardedTensor:
     shards: tuple[int | None, ...]
 
 
-def read_torch_file(path: Path) -> Any:
+def read_torch_file(path: File) -> Any:
     """What `torch.save` put into a file: dicts, lists, numbers and strings, with a `StoredTensor` or `ShardedTensor` for every tensor.
 
-    Tensors are named by their place, `heads.0.weight` or `model.layers.0`; their values stay in the file until they are read. Tuples come
-    back as lists.
+    Tensors are named by their place, `heads.0.weight` or `model.layers.0`; their values stay in the file until they are read. An array of
+    numpy becomes a `HeldTensor`, one number of it a number. Tuples come back as lists.
 
     Raises:
       ConversionError: the file is missing or broken, of torch before 1.6, or holds anything else; the message names it.
@@ -125,9 +139,9 @@ def read_torch_file(path: Path) -> Any:
 class _Members:
     """Where the members of the archive lie in the file."""
 
-    def __init__(self, path: Path, archive: zipfile.ZipFile, file: BinaryIO):
+    def __init__(self, path: File, archive: zipfile.ZipFile, file: BinaryIO):
         self._path, self._file = path, file
-        self._size = os.fstat(file.fileno()).st_size
+        self._size = file.seek(0, os.SEEK_END)
         entries = archive.infolist()
         self._entries = {entry.filename: entry for entry in entries}
         if len(self._entries) < len(entries):
@@ -158,12 +172,15 @@ class _Members:
         return begin, entry.file_size
 
     def content(self, name: str) -> bytes:
-        """The bytes of a small member."""
+        """The bytes of a member that is small, or long because of a few long parts."""
         begin, length = self.span(name)
-        if length > _LONGEST_PICKLE:
-            raise ConversionError(f"{self._path}: {name} has {length:,} bytes, more than any file of tensors needs")
-        self._file.seek(begin)
-        return self._file.read(length)
+        if length <= _LONGEST_WITH_ARRAYS:
+            self._file.seek(begin)
+            program = self._file.read(length)
+            few = itertools.islice(pickletools.genops(program), _MOST_INSTRUCTIONS) if length > _LONGEST_PICKLE else ()
+            if length <= _LONGEST_PICKLE or any(instruction.name == "STOP" for instruction, _, _ in few):
+                return program
+        raise ConversionError(f"{self._path}: {name} has {length:,} bytes, more than any file of tensors needs")
 
     def storage(self, key: str) -> tuple[int, int]:
         """Offset and length of a storage."""
@@ -190,7 +207,7 @@ _Unpickler: Any = pickle._Unpickler  # pyright: ignore[reportAttributeAccessIssu
 _PLAIN = [
     getattr(pickle, name)[0]
     for name in (
-        "PROTO FRAME STOP MARK NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINFLOAT BINUNICODE SHORT_BINUNICODE "
+        "PROTO FRAME STOP MARK NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINFLOAT BINUNICODE SHORT_BINUNICODE BINBYTES SHORT_BINBYTES "
         "EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_LIST APPEND APPENDS EMPTY_DICT "
         "MEMOIZE BINPUT LONG_BINPUT BINGET LONG_BINGET GLOBAL STACK_GLOBAL BINPERSID"
     ).split()
@@ -200,7 +217,7 @@ _PLAIN = [
 class _Reader(_Unpickler):
     """Runs the pickle: containers, numbers and strings are built, calls are noted down."""
 
-    def __init__(self, path: Path, program: bytes):
+    def __init__(self, path: File, program: bytes):
         super().__init__(io.BytesIO(program))
         self._path = path
 
@@ -255,9 +272,9 @@ class _Reader(_Unpickler):
 class _Notes:
     """Reads what the pickle left: containers are made plain, and noted calls that make tensors become tensors."""
 
-    def __init__(self, path: Path, members: _Members, most: int):
-        """`most` things are read: what is put into several places, and itself consists of such, could be endless."""
-        self._path, self._members, self._left = path, members, most
+    def __init__(self, path: File, members: _Members, most: int):
+        """`most` things and bytes of arrays are read: what is put into several places, and itself consists of such, could be endless."""
+        self._path, self._members, self._left, self._bytes_left = path, members, most, most
 
     def read(self, content: Any, name: str) -> Any:
         """What lies at the place `name`."""
@@ -273,6 +290,8 @@ class _Notes:
                 return [self.read(value, self._place(name, number)) for number, value in enumerate(content)]
             case _Call("Size", (tuple() as size,)):
                 return self.read(size, name)
+            case _Call("_reconstruct" | "scalar"):
+                return self._array(content, name)
             case _Call():
                 return self._tensor(content, name)
         raise self._strange(name)
@@ -285,6 +304,42 @@ class _Notes:
 
     def _strange(self, name: str) -> ConversionError:
         return ConversionError(f"{self._path}: {name or 'what it holds'} is neither a tensor nor a plain container")
+
+    def _array(self, call: _Call, name: str) -> HeldTensor | int | float | bool:
+        """An array or a number of numpy: its bytes are in the pickle, and so must be as many as its shape says."""
+        match call:
+            case _Call("_reconstruct", (_Name("ndarray"), *_), (_, tuple() as shape, kind, bool() as turned, content)):
+                pass
+            case _Call("scalar", (kind, content)):
+                shape, turned = (), False
+            case _:
+                raise self._strange(name)
+        dtype, content = self._dtype(kind, name), self._bytes(content, name)
+        if len(shape) > _MOST_AXES or not all(type(axis) is int and 0 <= axis < _LARGEST_SHAPE for axis in shape):
+            raise ConversionError(f"{self._path}: {name} has a shape that no array has")
+        if math.prod(axis or 1 for axis in shape) > _LARGEST_SHAPE or math.prod(shape) * dtype.itemsize != len(content):
+            raise ConversionError(f"{self._path}: {name} {dtype} {shape} does not consist of {len(content):,} bytes")
+        values = np.frombuffer(content, dtype).reshape(shape, order="F" if turned else "C")
+        return HeldTensor(name, values, self._path) if call.name == "_reconstruct" else values.item()
+
+    def _dtype(self, kind: Any, name: str) -> np.dtype:
+        match kind:
+            case _Call("dtype", (str(code), *_), (_, "<" | "|", None, None, None, *_)) if code in _ARRAY_DTYPES:
+                return _ARRAY_DTYPES[code]
+        raise ConversionError(f"{self._path}: {name} is an array of something other than plain numbers")
+
+    def _bytes(self, content: Any, name: str) -> bytes:
+        match content:
+            case _Call("bytes", ()):
+                content = b""
+            case _Call("encode", (str(text), "latin1")) if self._bytes_left >= len(text):
+                content = codecs.encode(text, "latin1")
+            case bytes() if self._bytes_left >= len(content):
+                pass
+            case _:
+                raise ConversionError(f"{self._path}: {name} is an array without bytes of its own")
+        self._bytes_left -= len(content)
+        return content
 
     def _tensor(self, call: _Call, name: str) -> StoredTensor | ShardedTensor:
         match call:

@@ -8,8 +8,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from omnisapiens_jax.convert.tensors import ConversionError
-from omnisapiens_jax.convert.torch_files import read_torch_file, write_torch_file
+from omnisapiens_jax.processing.tensors import ConversionError
+from omnisapiens_jax.processing.torch_files import read_torch_file, write_torch_file
 from tests.oracle import run_oracle
 from tests.pickles import stored
 

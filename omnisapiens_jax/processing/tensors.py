@@ -8,12 +8,13 @@ last word on it. Everything wrong is a `ConversionError`.
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 import ml_dtypes
 import numpy as np
@@ -55,6 +56,24 @@ class ConversionError(ValueError):
     """A checkpoint that is not what it should be; the message names the file and the tensors."""
 
 
+@dataclasses.dataclass(frozen=True)
+class HeldFile:
+    """A file whose bytes are in memory already: of a table's row, say."""
+
+    name: str
+    content: bytes = dataclasses.field(repr=False)
+
+    def __str__(self) -> str:
+        return self.name
+
+    def open(self, mode: str = "rb", buffering: int = -1) -> BinaryIO:
+        """As a path is opened."""
+        return io.BytesIO(self.content)
+
+
+File = Path | HeldFile
+
+
 class Tensor(Protocol):
     """What the converters ask of a tensor, wherever it lies."""
 
@@ -64,7 +83,7 @@ class Tensor(Protocol):
         ...
 
     @property
-    def file(self) -> Path:
+    def file(self) -> File:
         """Where it lies."""
         ...
 
@@ -88,7 +107,7 @@ class StoredTensor:
     """A tensor in a file: nothing of it is in memory until it is read."""
 
     name: str  # in its file
-    file: Path
+    file: File
     dtype: np.dtype
     shape: tuple[int, ...]
     offset: int  # of its first element, in bytes from the beginning of the file
@@ -134,7 +153,7 @@ class HeldTensor:
 
     name: str
     values: np.ndarray
-    file: Path = Path("memory")
+    file: File = Path("memory")
 
     @property
     def dtype(self) -> np.dtype:

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 
-from omnisapiens_jax.convert.tensors import (
+from omnisapiens_jax.processing.tensors import (
     DTYPES,
     ConversionError,
     HeldTensor,

@@ -1,0 +1,451 @@
+"""Prepares an atlas once, as a TFDS dataset of ArrayRecord files that any number of runs then read at random.
+
+python -m omnisapiens_jax.atlas.prepare SRC DST [--dataset NAME | --exclude NAME,NAME] [--workers N | --beam "OPTIONS"]
+
+The work is a list of jobs, one for each file, and a job is a function of the source alone. So it does not matter who does which in what
+order, processes of this machine or the workers of any Beam runner, and what was finished before a kill is not done again. TFDS' own
+writers, with or without Beam, throw away what an interrupted run has made, and Beam's holds whole files in memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import json
+import multiprocessing
+import os
+import shlex
+import shutil
+import sys
+import tempfile
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from omnisapiens_jax.atlas import records
+from omnisapiens_jax.atlas.faults import BadSamples, FaultLog
+from omnisapiens_jax.atlas.labels import HBA
+from omnisapiens_jax.atlas.records import Receipt, Shard
+from omnisapiens_jax.atlas.schema import SampleError
+from omnisapiens_jax.atlas.sources import open_source, open_splits
+
+if TYPE_CHECKING:
+    from apache_beam.options.pipeline_options import PipelineOptions
+
+SHARD_ROWS = 256  # a file of the released parquet has as many
+_FORMAT = 1  # of what is written: raise it when the same source gives other bytes
+
+Progress = Callable[[int, int], None]  # rows done, rows in all
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Which datasets a prepared atlas holds, and the name of its folder: `all`, a dataset, or `without_` those left out."""
+
+    name: str
+    datasets: tuple[str, ...]
+
+    @classmethod
+    def of(cls, dataset: str | None = None, exclude: Sequence[str] = ()) -> Config:
+        """One dataset alone, or all but some (for transfer studies).
+
+        Raises:
+            ValueError: an unknown dataset, or both a dataset and exclusions.
+        """
+        known = [known.name for known in HBA.datasets]
+        if strange := sorted({*exclude, *([dataset] if dataset else [])} - {*known}):
+            raise ValueError(f"unknown dataset {', '.join(strange)}; the atlas has {', '.join(known)}")
+        if dataset and exclude:
+            raise ValueError("name one dataset, or those to exclude, not both")
+        if dataset:
+            return cls(dataset, (dataset,))
+        left_out = [name for name in known if name in exclude]
+        return cls("_".join(["without", *left_out]) if left_out else "all", tuple(name for name in known if name not in exclude))
+
+    def folder(self, target: str | Path) -> Path:
+        """Where its files lie below `target`, as TFDS expects it."""
+        return Path(target) / records.NAME / self.name / records.VERSION
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One file to make: rows of a split, and where the file and its receipt go."""
+
+    source: str
+    fingerprint: str
+    split: str
+    number: int
+    of: int
+    rows: tuple[int, ...]
+    folder: str
+    receipts: str
+
+    @property
+    def file(self) -> str:
+        """Name of the file, as TFDS expects it."""
+        return f"{records.NAME}-{self.split}.array_record-{self.number:05d}-of-{self.of:05d}"
+
+    @property
+    def receipt(self) -> Path:
+        """Where it says that the file is finished."""
+        return Path(self.receipts) / f"{self.file}.json"
+
+    def finished(self) -> Shard | None:
+        """The receipt of the file, None where it is still to be made."""
+        try:
+            shard = Shard.from_json(json.loads(self.receipt.read_text()))
+            return shard if (Path(self.folder) / shard.file).stat().st_size == shard.size else None
+        except FileNotFoundError:
+            return None
+
+
+def prepare(
+    source: str | Path,
+    target: str | Path,
+    config: Config | None = None,
+    *,
+    workers: int | None = None,
+    beam: Sequence[str] | PipelineOptions | None = None,
+    on_error: Literal["raise", "skip"] = "raise",
+    shard_rows: int = SHARD_ROWS,
+    progress: Progress | None = None,
+) -> Path:
+    """Writes the splits of an atlas below `target` and returns their folder; `open_source(folder / "train")` and TFDS read it.
+
+    Rows keep the order of the source. The folder appears when it is whole; a call that was killed goes on where it was. On a folder that
+    is whole already, every checksum is verified and a file that is damaged or missing is made again. The same source and arguments give
+    the same bytes, whoever does the work.
+
+    Args:
+        source: a folder with train, validation and test in any form that `open_splits` knows.
+        target: the data directory; every machine that does a part of the work must see it, and the source, under the same path.
+        config: which datasets (all).
+        workers: processes of this machine (one a core); 0 does the work in this one.
+        beam: options of a Beam pipeline that does the work instead, as `PipelineOptions` or such as `["--runner=FlinkRunner", ...]`. Needs
+            the extra `beam`.
+        on_error: `raise` finishes what can be and then fails with all unusable rows, and the next call tries their files again; `skip`
+            leaves these rows out, and broken descriptors out of rows.
+        shard_rows: rows a file.
+        progress: called with (rows done, rows in all).
+
+    Raises:
+        BadSamples: there are unusable rows, with `on_error="raise"`.
+        FileNotFoundError: the source is no atlas.
+        ValueError: the folder, or one half made, is of another source or other arguments.
+    """
+    config = config or Config.of()
+    folder = config.folder(target)
+    plan, rows = _plan(Path(source), config, shard_rows)
+    whole = folder.is_dir()
+    half, receipts = folder.with_name(f"{folder.name}.part"), folder.with_name(f"{folder.name}.receipts")
+    if whole:
+        _same_plan(Receipt.load(folder).plan, plan, folder)
+    else:
+        half.mkdir(parents=True, exist_ok=True)
+        receipts.mkdir(exist_ok=True)
+        _note_plan(receipts / "plan.json", plan, half)
+    jobs = _jobs(Path(source), plan, rows, folder if whole else half, receipts)
+    if whole:
+        return _mended(folder, jobs, workers, progress)
+    unfinished = [job for job in jobs if (shard := job.finished()) is None or (shard.faults and on_error == "raise")]
+    for job in unfinished:
+        job.receipt.unlink(missing_ok=True)
+    with _watched(jobs, progress):
+        if beam is None:
+            _run_here(unfinished, workers)
+        else:
+            _run_beam(unfinished, beam)
+    receipt = _collected(plan, jobs)
+    faults = FaultLog(fault for shards in receipt.splits.values() for shard in shards for fault in shard.faults)
+    if faults and on_error == "raise":
+        raise BadSamples(f"{faults.report()}\nMend these rows and run this again, or leave them out: on_error='skip' (--on-error=skip)")
+    _publish(receipt, config, half, folder)
+    shutil.rmtree(receipts)
+    return folder
+
+
+def make_shard(job: Job) -> None:
+    """Writes one file, then its receipt. Each appears whole; doing it again gives the same bytes."""
+    from array_record.python import array_record_module
+
+    source = _opened(job.source)
+    if source.fingerprint() != job.fingerprint:
+        raise ValueError(f"{job.source} changed while it was prepared: remove {job.folder} and {job.receipts} and start again")
+    datasets, counts, faults = [], [0, 0], []
+    with _draft(Path(job.folder) / job.file) as draft:
+        writer = array_record_module.ArrayRecordWriter(str(draft), "group_size:1")  # one record can be read alone
+        for row in job.rows:
+            try:
+                sample = source[row]
+                record, broken = records.encode(sample)
+            except SampleError as error:
+                faults.append(error)
+                continue
+            writer.write(record)
+            datasets.append(sample.dataset)
+            faults += broken
+            left_out = {fault.field for fault in broken}
+            for i, (field, items) in enumerate((("ext_video_feats", sample.ext_video_feats), ("ext_audio_feats", sample.ext_audio_feats))):
+                counts[i] += bool(items) and field not in left_out
+        writer.close()
+        shard = Shard(job.file, draft.stat().st_size, _sha256(draft), tuple(datasets), (counts[0], counts[1]), tuple(faults))
+    with _draft(job.receipt) as draft:
+        draft.write_text(json.dumps(shard.to_json()))
+
+
+def damaged(folder: str | Path, progress: Progress | None = None) -> list[str]:
+    """The files of a prepared atlas that are missing or have another checksum than its receipt says."""
+    folder = Path(folder)
+    shards = [shard for shards in Receipt.load(folder).splits.values() for shard in shards]
+
+    def right(shard: Shard) -> bool:
+        path = folder / shard.file
+        return path.is_file() and path.stat().st_size == shard.size and _sha256(path) == shard.sha256
+
+    wrong, done, total = [], 0, sum(len(shard.datasets) for shard in shards)
+    with ThreadPoolExecutor(2) as pool:
+        for shard, fine in zip(shards, pool.map(right, shards), strict=True):
+            done += len(shard.datasets)
+            if progress:
+                progress(done, total)
+            if not fine:
+                wrong.append(shard.file)
+    return wrong
+
+
+def summary(folder: str | Path) -> str:
+    """What a prepared atlas holds, a line for each split."""
+    lines = []
+    for split, shards in Receipt.load(Path(folder)).splits.items():
+        counts = Counter(name for shard in shards for name in shard.datasets)
+        video, audio = (sum(shard.descriptors[i] for shard in shards) for i in (0, 1))
+        faults = FaultLog(fault for shard in shards for fault in shard.faults)
+        lines.append(
+            f"{split}: {counts.total():,} rows of {len(counts)} datasets in {len(shards)} files of {sum(s.size for s in shards):,} bytes; "
+            f"descriptors: {video:,} video, {audio:,} audio; {len(faults)} rows at fault"
+        )
+    return "\n".join(lines)
+
+
+def _plan(source: Path, config: Config, shard_rows: int) -> tuple[dict[str, Any], dict[str, list[int]]]:
+    """What decides every byte, as plain data, and the rows of each split that take part. Rows of no known dataset do: they are told of."""
+    if shard_rows < 1:
+        raise ValueError(f"{shard_rows} rows a file")
+    splits = open_splits(source)
+    left_out = {dataset.name for dataset in HBA.datasets} - {*config.datasets}
+    rows = {split: [i for i, name in enumerate(opened.datasets()) if name not in left_out] for split, opened in splits.items()}
+    rows = {split: kept for split, kept in rows.items() if kept}
+    if not rows:
+        raise ValueError(f"{source} has no row of {', '.join(config.datasets)}")
+    fingerprints = {split: splits[split].fingerprint() for split in rows}
+    return {"format": _FORMAT, "config": dataclasses.asdict(config), "shard_rows": shard_rows, "splits": fingerprints}, rows
+
+
+def _note_plan(path: Path, plan: Mapping[str, Any], half: Path) -> None:
+    if path.exists():
+        _same_plan(json.loads(path.read_text()), plan, half)
+        return
+    with _draft(path) as draft:
+        draft.write_text(json.dumps(plan))
+
+
+def _same_plan(found: Mapping[str, Any], plan: Mapping[str, Any], folder: Path) -> None:
+    plan = json.loads(json.dumps(plan))
+    if found != plan:
+        changed = ", ".join(key for key in plan if found.get(key) != plan[key])
+        raise ValueError(f"{folder} is of another source or other arguments (different: {changed}): remove it, or choose another target")
+
+
+def _jobs(source: Path, plan: Mapping[str, Any], rows: Mapping[str, list[int]], folder: Path, receipts: Path) -> list[Job]:
+    jobs = []
+    for split, kept in rows.items():
+        cuts = [tuple(kept[i : i + plan["shard_rows"]]) for i in range(0, len(kept), plan["shard_rows"])]
+        jobs += [
+            Job(str(source / split), plan["splits"][split], split, number, len(cuts), cut, str(folder), str(receipts))
+            for number, cut in enumerate(cuts)
+        ]
+    return jobs
+
+
+def _mended(folder: Path, jobs: Sequence[Job], workers: int | None, progress: Progress | None) -> Path:
+    """Verifies a whole atlas and makes again what is damaged."""
+    wrong = {*damaged(folder, progress)}
+    if wrong:
+        Path(jobs[0].receipts).mkdir(exist_ok=True)
+        _run_here([job for job in jobs if job.file in wrong], workers)
+        if wrong := damaged(folder):
+            raise ValueError(f"{folder}: {', '.join(wrong)} made again is not what it was: media files or libraries changed; start afresh")
+    with contextlib.suppress(FileNotFoundError):
+        shutil.rmtree(jobs[0].receipts)
+    return folder
+
+
+def _run_here(jobs: Sequence[Job], workers: int | None) -> None:
+    if workers == 0:
+        for job in jobs:
+            make_shard(job)
+    elif jobs:
+        # spawn: a forked child of a process that already runs threads can deadlock
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(min(len(jobs), workers or os.cpu_count() or 1), context, initializer=_end_with_parent) as pool:
+            for _ in pool.map(make_shard, jobs):
+                pass
+
+
+def _end_with_parent() -> None:
+    """A worker whose parent was killed would wait for jobs for ever."""
+    parent = multiprocessing.parent_process()
+
+    def watch() -> None:
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _run_beam(jobs: Sequence[Job], options: Sequence[str] | PipelineOptions) -> None:
+    try:
+        import apache_beam
+        from apache_beam.options.pipeline_options import PipelineOptions
+    except ImportError as reason:
+        raise ImportError(f"Beam is in the extra `beam`: pip install 'omnisapiens-jax[beam]' ({reason})") from reason
+    if jobs:
+        options = options if isinstance(options, PipelineOptions) else PipelineOptions(list(options))
+        with apache_beam.Pipeline(options=options) as pipeline:
+            # Reshuffle, or a runner fuses the steps and one worker does it all.
+            _ = pipeline | apache_beam.Create(list(jobs)) | apache_beam.Reshuffle() | apache_beam.Map(make_shard)
+
+
+@contextlib.contextmanager
+def _watched(jobs: Sequence[Job], progress: Progress | None) -> Iterator[None]:
+    """Reports the rows of finished files every second: whoever makes them, the receipts appear here."""
+    if progress is None:
+        yield
+        return
+    total, over = sum(len(job.rows) for job in jobs), threading.Event()
+
+    def report() -> None:
+        progress(sum(len(job.rows) for job in jobs if job.receipt.exists()), total)
+
+    def watch() -> None:
+        while not over.wait(1):
+            report()
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        over.set()
+        watcher.join()
+    report()
+
+
+def _collected(plan: Mapping[str, Any], jobs: Sequence[Job]) -> Receipt:
+    splits: dict[str, tuple[Shard, ...]] = {}
+    for job in jobs:
+        if (shard := job.finished()) is None:
+            raise RuntimeError(f"{job.file} was not made, though its job ended")
+        splits[job.split] = (*splits.get(job.split, ()), shard)
+    return Receipt(plan, splits)
+
+
+def _publish(receipt: Receipt, config: Config, half: Path, folder: Path) -> None:
+    """Adds what TFDS and we read, clears away the drafts of killed workers, and puts the folder in its place."""
+    tfds = records.tfds()
+    tfds.folder_dataset.write_metadata(
+        data_dir=half,
+        features=records.features(),
+        split_infos=[
+            tfds.core.SplitInfo(split, [len(shard.datasets) for shard in shards], sum(shard.size for shard in shards))
+            for split, shards in receipt.splits.items()
+        ],
+        version=records.VERSION,
+        description=records.DESCRIPTION,
+        homepage=records.HOMEPAGE,
+        check_data=False,  # would need tensorflow
+    )
+    (half / records.RECEIPT).write_text(receipt.text())
+    wanted = {shard.file for shards in receipt.splits.values() for shard in shards} | {
+        "dataset_info.json",
+        "features.json",
+        records.RECEIPT,
+    }
+    for path in half.iterdir():
+        if path.name not in wanted:
+            path.unlink()
+    half.rename(folder)
+
+
+@contextlib.contextmanager
+def _draft(path: Path) -> Iterator[Path]:
+    """A new file that takes the place of `path` when the block ends well. Its name is its own also among several machines."""
+    handle, name = tempfile.mkstemp(prefix=".", suffix=".draft", dir=path.parent)
+    os.close(handle)
+    draft = Path(name)
+    try:
+        yield draft
+        draft.chmod(0o644)
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@functools.lru_cache(maxsize=4)
+def _opened(path: str) -> Any:
+    return open_source(path)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(prog="python -m omnisapiens_jax.atlas.prepare", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("source", type=Path, help="folder of the release (parquet, JSONL, or JSONL and tars), or a prepared one to verify")
+    parser.add_argument("target", type=Path, nargs="?", help=f"data directory; the atlas comes into {records.NAME}/CONFIG/ there")
+    parser.add_argument("--dataset", help="prepare this one alone")
+    parser.add_argument("--exclude", default="", help="leave these out, a comma between them")
+    parser.add_argument("--workers", type=int, help="processes (one a core; 0: this one)")
+    parser.add_argument("--beam", help='let Beam do it, with these options: --beam="--runner=FlinkRunner --flink_master=HOST:PORT"')
+    parser.add_argument("--on-error", choices=("raise", "skip"), default="raise", help="what rows that cannot be used do")
+    parser.add_argument("--shard-rows", type=int, default=SHARD_ROWS, help="rows a file (%(default)s)")
+    arguments = parser.parse_args(argv)
+    try:
+        if arguments.target is None:
+            if wrong := damaged(arguments.source, _tell):
+                raise ValueError(f"{arguments.source}: damaged or missing: {', '.join(wrong)}; prepare again to mend it")
+            folder = arguments.source
+        else:
+            folder = prepare(
+                arguments.source,
+                arguments.target,
+                Config.of(arguments.dataset, [name.strip() for name in arguments.exclude.split(",") if name.strip()]),
+                workers=arguments.workers,
+                beam=None if arguments.beam is None else shlex.split(arguments.beam),
+                on_error=arguments.on_error,
+                shard_rows=arguments.shard_rows,
+                progress=_tell,
+            )
+    except (ValueError, OSError, ImportError) as error:
+        sys.exit(f"\n{error}")
+    print(f"{folder}\n{summary(folder)}")
+
+
+def _tell(done: int, total: int) -> None:
+    print(f"\r{done:,} of {total:,} rows", end="" if done < total else "\n", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    from omnisapiens_jax.atlas import prepare as importable  # what is sent to workers must not be of `__main__`
+
+    importable.main()

@@ -1,0 +1,262 @@
+"""A prepared atlas holds the release, row for row, whoever prepared it and however often that was interrupted."""
+
+import functools
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from omnisapiens_jax.atlas.faults import BadSamples
+from omnisapiens_jax.atlas.prepare import Config, damaged, main, prepare
+from omnisapiens_jax.atlas.sources import ArrayRecordSource, open_source, open_splits
+from omnisapiens_jax.processing.descriptors.read import Descriptor
+from tests.atlas.release import TEXTS, sounds_described, torch_saved, videos_described, write_release
+from tests.atlas.toys import edit_row
+
+REPO = Path(__file__).resolve().parents[2]
+TRAIN = "final_v8_train_cleaned_2.jsonl"
+
+
+@pytest.fixture(scope="module")
+def release(tmp_path_factory):
+    """96 rows, with the media in tars."""
+    folder = tmp_path_factory.mktemp("release")
+    return folder, write_release(folder, 96, "tar")
+
+
+@pytest.fixture
+def loose(tmp_path):
+    """The same with every medium a file of its own."""
+    write_release(tmp_path / "loose", 96, "jsonl")
+    return tmp_path / "loose"
+
+
+def checksums(folder):
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def prepared(release, tmp_path_factory):
+    return prepare(release[0], tmp_path_factory.mktemp("prepared"), workers=0, shard_rows=10)
+
+
+def test_every_row_of_every_form_is_prepared_as_it_was_written(release, prepared, tmp_path):
+    write_release(tmp_path / "parquet", 96, "parquet")
+    from_parquet = prepare(tmp_path / "parquet", tmp_path / "out", workers=0, shard_rows=10)
+    for folder, named in ((prepared, True), (from_parquet, False)):
+        for split, rows in release[1].items():
+            source = open_source(folder / split)
+            assert len(source) == len(rows) and source.datasets() == [row["dataset"] for row in rows]
+            for i, row in enumerate(rows):
+                sample = source[i]
+                assert sample.id == i and {name: getattr(sample, name) for name in TEXTS} == {name: row[name] for name in TEXTS}
+                for field in ("images", "videos", "audios"):
+                    assert list(getattr(sample, field)) == [data for _, data in row[field]]
+                paths = [path for field in ("images", "videos", "audios") for path, _ in row[field]]
+                assert list(sample.names) == (paths if named else [])
+                assert len(sample.ext_audio_feats) == len(row["ext_audio_feats"])
+                seen = [data for _, data in row["ext_video_feats"] if data != videos_described()[3]]  # the one without any frame
+                assert len(sample.ext_video_feats) == len(seen)
+
+
+def test_descriptors_come_pooled_and_frame_by_frame_at_the_rate_of_the_video(release, prepared):
+    """By the generator's own arrays; its videos have 8 frames a second."""
+    source, rows = open_source(prepared / "train"), release[1]["train"]
+    i = next(i for i, row in enumerate(rows) if row["ext_video_feats"] and row["ext_video_feats"][0][1] == videos_described()[0])
+    rng = np.random.default_rng(0)
+    parts = [rng.random((3, points, 3), np.float32).reshape(3, -1) for points in (33, 478, 21, 21)]
+    frames = np.concatenate(parts, axis=1)
+    (found,) = source[i].ext_video_feats
+    assert isinstance(found, Descriptor)
+    np.testing.assert_array_equal(found.frames, frames)
+    np.testing.assert_allclose(found.times, (np.arange(3) + 0.5) / 8, rtol=1e-6)
+    np.testing.assert_allclose(found.pooled, np.concatenate([frames.mean(0), frames.std(0)]), atol=1e-6)
+    j = next(i for i, row in enumerate(rows) if row["ext_audio_feats"] and row["ext_audio_feats"][0][1] == sounds_described()[2])
+    (sound,) = source[j].ext_audio_feats
+    assert isinstance(sound, Descriptor)
+    np.testing.assert_array_equal(sound.pooled, np.random.default_rng(2).normal(size=(1, 6373)).astype(np.float32)[0])
+    assert len(sound.frames) == len(sound.times) == 0
+
+
+def test_tfds_reads_it_and_nothing_imports_tensorflow(prepared, release):
+    code = (
+        "import sys, tensorflow_datasets as tfds\n"
+        "builder = tfds.builder_from_directory(sys.argv[1])\n"
+        "rows = builder.as_data_source('train[:50%]+test')\n"
+        "from omnisapiens_jax.atlas.sources import open_source\n"
+        "open_source(sys.argv[1] + '/validation')[0]\n"
+        "print(builder.info.name, len(rows), rows[0]['problem'].decode(), 'tensorflow' in sys.modules, sep='|')"
+    )
+    done = subprocess.run([sys.executable, "-c", code, prepared], cwd=REPO, capture_output=True, text=True, check=True)
+    rows = release[1]
+    wanted = ["human_behavior_atlas", str(round(len(rows["train"]) / 2) + len(rows["test"])), rows["train"][0]["problem"], "False"]
+    assert done.stdout.strip() == "|".join(wanted)
+
+
+def test_the_tfds_builder_prepares_and_reads_one_dataset(release, prepared, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(REPO / "data")
+    import tensorflow_datasets as tfds
+    from human_behavior_atlas import human_behavior_atlas_dataset_builder as module
+
+    monkeypatch.setattr(module.prepare, "prepare", functools.partial(prepare, workers=0))
+    builder = module.Builder(config="meld_senti", data_dir=tmp_path)
+    with pytest.raises(ValueError, match="manual_dir"):
+        builder.download_and_prepare()
+    builder.download_and_prepare(download_config=tfds.download.DownloadConfig(manual_dir=release[0]))
+    wanted = [row["problem"] for row in release[1]["train"] if row["dataset"] == "meld_senti"]
+    assert [row["problem"].decode() for row in builder.as_data_source("train")] == wanted
+    assert Path(builder.data_dir) == Config.of("meld_senti").folder(tmp_path)
+    assert module.Builder(config="meld_senti", data_dir=tmp_path).info.splits["train"].num_examples == len(wanted)
+    assert {"all", "cremad", "without_cremad"} <= module.Builder.builder_configs.keys()
+
+
+@settings(max_examples=4)
+@given(shard_rows=st.integers(1, 100))
+def test_rows_are_the_same_however_they_are_cut(release, prepared, tmp_path_factory, shard_rows):
+    folder = prepare(release[0], tmp_path_factory.mktemp("cut"), Config.of("mosei_senti"), workers=0, shard_rows=shard_rows)
+    for split, source in open_splits(folder).items():
+        wanted = [row["problem"] for row in release[1][split] if row["dataset"] == "mosei_senti"]
+        assert [source[i].problem for i in range(len(source))] == wanted
+
+
+def test_a_transfer_study_leaves_datasets_out(release, tmp_path):
+    config = Config.of(exclude=["meld_senti", "meld_emotion"])
+    assert config.name == "without_meld_emotion_meld_senti"
+    folder = prepare(release[0], tmp_path, config, workers=0)
+    for split, source in open_splits(folder).items():
+        assert source.datasets() == [row["dataset"] for row in release[1][split] if not row["dataset"].startswith("meld")]
+    with pytest.raises(ValueError, match="unknown dataset iemocap; the atlas has cremad"):
+        Config.of(exclude=["iemocap"])
+    with pytest.raises(ValueError, match="not both"):
+        Config.of("cremad", ["tess"])
+
+
+def command(source, target, *options):
+    return [sys.executable, "-m", "omnisapiens_jax.atlas.prepare", str(source), str(target), "--shard-rows=10", *options]
+
+
+def kill_after(files, arguments, target):
+    """Starts the command, waits for so many finished files, and kills it and all that it started."""
+    process = subprocess.Popen(arguments, cwd=REPO, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    try:
+        while process.poll() is None and len(list(target.rglob("*.receipts/*-of-*.json"))) < files:
+            time.sleep(0.005)
+        assert process.poll() is None, "it ended before it could be killed"
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    return {path: path.stat().st_ino for path in target.rglob("*.part/*.array_record-*")}
+
+
+def killed_and_again(files, options, release, tmp_path):
+    """The inode of every finished file before the kill, the folder after it."""
+    kept = kill_after(files, command(release, tmp_path, *options), tmp_path)
+    assert not Config.of().folder(tmp_path).exists()
+    subprocess.run(command(release, tmp_path, *options), cwd=REPO, capture_output=True, check=True)
+    folder = Config.of().folder(tmp_path)
+    receipts = len(kept) - 2  # a worker may have been killed between a file and its receipt
+    assert sum((folder / path.name).stat().st_ino == inode for path, inode in kept.items()) >= receipts
+    return folder
+
+
+def test_killed_and_run_again_it_is_the_same_dataset_and_no_file_is_made_twice(release, prepared, tmp_path):
+    folder = killed_and_again(4, ["--workers=1"], release[0], tmp_path)
+    assert checksums(folder) == checksums(prepared)
+    assert [path.name for path in folder.parent.iterdir()] == ["1.0.0"]
+
+
+BEAM = "--beam=--runner=DirectRunner --direct_num_workers=2 --direct_running_mode=multi_processing"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("files", "option"), [(1, "--workers=2"), (6, "--workers=2"), (1, BEAM)])
+def test_killed_with_two_workers_or_under_beam_it_is_the_same_dataset(release, prepared, tmp_path, files, option):
+    assert checksums(killed_and_again(files, [option], release[0], tmp_path)) == checksums(prepared)
+
+
+@pytest.mark.slow
+def test_beam_does_it_in_two_processes(release, prepared, tmp_path):
+    """Two files are being written at a moment, by nobody else: workers of one thread each."""
+    process = subprocess.Popen(command(release[0], tmp_path, BEAM), cwd=REPO, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    at_once = 0
+    while process.poll() is None:
+        at_once = max(at_once, len(list(tmp_path.rglob("*.part/.*.draft"))))
+        time.sleep(0.002)
+    assert process.returncode == 0 and at_once >= 2
+    assert checksums(Config.of().folder(tmp_path)) == checksums(prepared)
+
+
+def test_a_damaged_file_is_found_and_made_again(release, tmp_path):
+    folder = prepare(release[0], tmp_path, workers=0, shard_rows=10)
+    before = checksums(folder)
+    files = sorted(path.name for path in folder.glob("*array_record*"))
+    with (folder / files[1]).open("r+b") as file:
+        file.seek(40_000)
+        file.write(b"\0\1\2\3")
+    (folder / files[2]).unlink()
+    assert {*damaged(folder)} == {*files[1:3]}
+    with pytest.raises(SystemExit, match="damaged or missing"):
+        main([str(folder)])
+    assert prepare(release[0], tmp_path, workers=0, shard_rows=10) == folder
+    assert checksums(folder) == before and damaged(folder) == []
+    assert [path.name for path in folder.parent.iterdir()] == ["1.0.0"]
+
+
+def test_a_missing_file_is_told_when_the_atlas_is_opened(release, tmp_path):
+    folder = prepare(release[0], tmp_path, Config.of("cremad"), workers=0)
+    next(folder.glob("*train*")).unlink()
+    with pytest.raises(FileNotFoundError, match="train.array_record-00000-of-00001 is missing.*mends it"):
+        open_source(folder / "train")
+    with pytest.raises(FileNotFoundError, match="no split 'dev'; it has train"):
+        ArrayRecordSource(folder, "dev")
+
+
+def test_unusable_rows_are_all_told_and_mended_ones_are_taken(loose, tmp_path):
+    rows = [json.loads(line) for line in (loose / TRAIN).read_text().splitlines()]
+    a, b, c = [i for i, row in enumerate(rows) if row["videos"] and row["audios"]][:3]
+    medium = loose / rows[a]["audios"][0]
+    sound = medium.read_bytes()
+    medium.unlink()
+    (loose / rows[b]["ext_audio_feats"][0]).write_bytes(b"PK\3\4 not a descriptor")
+    (loose / rows[c]["ext_video_feats"][0]).unlink()  # a file that was never made is no fault
+    with pytest.raises(BadSamples, match="2 samples cannot be used") as told:
+        prepare(loose, tmp_path / "out", workers=0, shard_rows=10)
+    assert medium.name in str(told.value) and "1 descriptor" in str(told.value) and "1 media" in str(told.value)
+
+    folder = prepare(loose, tmp_path / "without", workers=0, shard_rows=10, on_error="skip")
+    source = open_source(folder / "train")
+    kept = [row["problem"] for i, row in enumerate(rows) if i != a]
+    assert [source[i].problem for i in range(len(source))] == kept
+    without = {row["problem"]: source[i] for i, row in enumerate(row for j, row in enumerate(rows) if j != a)}
+    assert not without[rows[b]["problem"]].ext_audio_feats and not without[rows[c]["problem"]].ext_video_feats
+
+    medium.write_bytes(sound)
+    (loose / rows[b]["ext_audio_feats"][0]).write_bytes(torch_saved({"features": np.zeros((1, 6373), np.float32)}))
+    assert len(open_source(prepare(loose, tmp_path / "out", workers=0, shard_rows=10) / "train")) == len(rows)
+
+
+def test_another_source_or_other_arguments_do_not_mix(release, loose, tmp_path):
+    edit_row(loose / TRAIN, 0, dataset="mosei_senti", problem="changed")
+    folder = prepare(release[0], tmp_path, Config.of("tess"), workers=0, shard_rows=10)
+    with pytest.raises(ValueError, match="different: shard_rows"):
+        prepare(release[0], tmp_path, Config.of("tess"), workers=0, shard_rows=9)
+    with pytest.raises(ValueError, match="different: splits"):
+        prepare(loose, tmp_path, Config.of("tess"), workers=0, shard_rows=10)
+    assert damaged(folder) == []
+    with pytest.raises(SystemExit, match="no atlas in"):
+        main([str(tmp_path / "nothing"), str(tmp_path / "out")])
+
+
+def test_progress_ends_at_all_rows(release, tmp_path):
+    seen = []
+    prepare(release[0], tmp_path, workers=0, shard_rows=10, progress=lambda *at: seen.append(at))
+    assert seen[-1] == (96, 96) and seen == sorted(seen)
