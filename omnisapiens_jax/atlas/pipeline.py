@@ -79,8 +79,8 @@ class Pipeline:
         if stop <= start:
             return
         dataset = grain.MapDataset.source(_Steps(self.planner, self.host, start, stop)).map(self._load)
-        # With workers, one batch is put together while the samples of the next are decoded.
-        threads = min(self._config.workers, 2) or self._config.threads
+        # Workers are kept busy from within a batch, so that a second batch at the same time would only cost memory.
+        threads = min(self._config.workers, 1) or self._config.threads
         options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=self._config.ahead if threads else 0)
         loaded = dataset.to_iter_dataset(options)
         for step, (batch, faults) in enumerate(loaded, start=start):
