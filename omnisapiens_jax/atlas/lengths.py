@@ -20,12 +20,12 @@ from omnisapiens_jax.atlas.schema import Sample, SampleError
 from omnisapiens_jax.atlas.sources import Source
 from omnisapiens_jax.processing.example import Bucket
 
-_FORMAT = 1  # raise it when the meaning of a stored number changes, and old files are measured again
+_FORMAT = 2  # raise it when the meaning of a stored number changes, and old files are measured again
 _FAULT_FIELDS = ("reason", "kind", "file", "row", "dataset", "field")
 
 Policy = Literal["raise", "skip"]
 Progress = Callable[[int, int], None]
-Measured = tuple[str, tuple[int, ...], int]  # signature, size, excess
+Measured = tuple[tuple[str, str, str], tuple[int, ...], int]  # (signature, dataset, task), size, excess
 
 
 def length_index(
@@ -80,18 +80,22 @@ def _measure(source: Source, recipe: Recipe, i: int) -> Measured | SampleError:
         size, excess = recipe.measure(sample)
     except SampleError as error:
         return error
-    return sample.modality_signature, dataclasses.astuple(size), excess
+    return (sample.modality_signature, sample.dataset, sample.task), dataclasses.astuple(size), excess
 
 
 def _index(rows: Sequence[Measured | SampleError | None]) -> Index:
     good = [(i, row) for i, row in enumerate(rows) if isinstance(row, tuple)]
-    names = tuple(sorted({signature for _, (signature, _, _) in good}))
+    kinds = [sorted(set(column)) for column in zip(*(kind for _, (kind, _, _) in good), strict=True)] or [[], [], []]
+    codes = [[names.index(name) for names, name in zip(kinds, kind, strict=True)] for _, (kind, _, _) in good]
+    signatures, datasets, tasks = np.array(codes, np.int32).reshape(-1, len(kinds)).T
     return Index(
         ids=np.array([i for i, _ in good], np.int64),
-        signatures=np.array([names.index(signature) for _, (signature, _, _) in good], np.int32),
-        names=names,
+        signatures=signatures,
+        names=tuple(kinds[0]),
         sizes=np.array([size for _, (_, size, _) in good], np.int32).reshape(-1, len(dataclasses.fields(Bucket))),
         excess=np.array([excess for _, (_, _, excess) in good], np.int32),
+        datasets=datasets,
+        tasks=tasks,
     )
 
 
@@ -105,4 +109,4 @@ def _save(path: Path, rows: Sequence[Measured | SampleError | None]) -> None:
 
 def _load(path: Path) -> list[Measured | SampleError | None]:
     rows = json.loads(path.read_text())
-    return [SampleError(**row) if isinstance(row, dict) else (row[0], tuple(row[1]), row[2]) for row in rows]
+    return [SampleError(**row) if isinstance(row, dict) else (tuple(row[0]), tuple(row[1]), row[2]) for row in rows]

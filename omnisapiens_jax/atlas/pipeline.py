@@ -13,11 +13,11 @@ import numpy as np
 
 from omnisapiens_jax.atlas.faults import FaultLog
 from omnisapiens_jax.atlas.lengths import Policy
-from omnisapiens_jax.atlas.plan import MASKED, Planner, Step
+from omnisapiens_jax.atlas.plan import MASKED, NO_AUDIO, NO_VIDEO, Index, Planner, Step
 from omnisapiens_jax.atlas.recipe import Recipe
 from omnisapiens_jax.atlas.schema import SampleError
 from omnisapiens_jax.atlas.sources import Source
-from omnisapiens_jax.processing.example import Batch, Bucket, Example, collate
+from omnisapiens_jax.processing.example import Batch, Bucket, Example, collate, collate_packed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,14 +55,13 @@ class Pipeline:
         self.planner, self.host = planner, host
         self.faults = FaultLog()
         self._config, self._recipe = config, recipe
-        index = planner.index
-        excess = {int(i): int(e) for i, e in zip(index.ids, index.excess, strict=True) if e}
-        self._load = _Load(source, recipe, excess, config.cache_bytes)
+        self._load = _Load(source, recipe, planner.index, config.cache_bytes)
 
     def batches(self, start: int, stop: int) -> Iterator[tuple[int, Batch]]:
         """(step, batch) for global steps `start` to `stop - 1`.
 
-        A batch is what `collate` gives, for this host's slots, and `index` `[B]` int64: the sample of every slot, -1 where it is masked.
+        A batch is what `collate` gives, for this host's rows, and `index` `[B]` int64: the sample of every row, -1 where it is masked.
+        Of a packed plan it is what `collate_packed` gives, and `index` `[B, S]`: sample s of a row has the number s + 1 in `segment_ids`.
 
         Raises:
             SampleError: for the first unusable row, with `on_error="raise"`.
@@ -87,7 +86,8 @@ class Pipeline:
 
     def blank(self, bucket: Bucket) -> Batch:
         """A batch of that shape with every slot masked: one for each of `planner.buckets` compiles all that a run will need."""
-        return self._load.blank(self.planner.config.batch_size // self.planner.config.hosts, bucket)
+        shape = self.planner.epoch(0).ids.shape[2:]
+        return self._load.blank(shape, bucket)
 
 
 class _Steps:
@@ -101,41 +101,51 @@ class _Steps:
 
     def __getitem__(self, index: int) -> Step:
         step = self._planner[self._start + index]
-        return Step(step.bucket, step.ids[self._host])
+        return Step(step.bucket, step.ids[self._host], step.withheld[self._host])
 
 
 class _Load:
-    """A step `[slots]` -> (batch, faults): the slots of unusable rows are masked."""
+    """A step of one host -> (batch, faults): the places of unusable samples are masked."""
 
-    def __init__(self, source: Source, recipe: Recipe, excess: dict[int, int], cache_bytes: int) -> None:
-        self._source, self._recipe, self._excess = source, recipe, excess
+    def __init__(self, source: Source, recipe: Recipe, index: Index, cache_bytes: int) -> None:
+        self._source, self._recipe, self._index = source, recipe, index
         self._cache = _Cache(cache_bytes)
 
     def __call__(self, step: Step) -> tuple[Batch, list[SampleError]]:
         examples: list[Example | None] = []
         faults: list[SampleError] = []
-        for i in step.ids.tolist():
+        for i, withheld in zip(step.ids.ravel().tolist(), step.withheld.ravel().tolist(), strict=True):
             try:
-                examples.append(None if i == MASKED else self._example(i, step.bucket))
+                example = None if i == MASKED else self._example(i)
             except SampleError as error:
                 faults.append(error)
-                examples.append(None)
+                example = None
+            if example is not None and withheld:
+                example = example.without(audio=bool(withheld & NO_AUDIO), video=bool(withheld & NO_VIDEO))
+            examples.append(example)
         return self._collate(examples, step), faults
 
-    def blank(self, slots: int, bucket: Bucket) -> Batch:
-        return self._collate([None] * slots, Step(bucket, np.full(slots, MASKED)))
+    def blank(self, shape: tuple[int, ...], bucket: Bucket) -> Batch:
+        step = Step(bucket, np.full(shape, MASKED), np.zeros(shape, np.uint8))
+        return self._collate([None] * step.ids.size, step)
 
     def _collate(self, examples: list[Example | None], step: Step) -> Batch:
-        batch = collate(examples, step.bucket, self._recipe.config)
+        if step.ids.ndim == 1:
+            batch = collate(examples, step.bucket, self._recipe.config)
+        else:
+            segments = step.ids.shape[1]
+            rows = [examples[first : first + segments] for first in range(0, len(examples), segments)]
+            batch = collate_packed(rows, step.bucket, self._recipe.config)
         return {**batch, "index": np.where(batch["row_mask"], step.ids, MASKED)}
 
-    def _example(self, i: int, bucket: Bucket) -> Example:
+    def _example(self, i: int) -> Example:
         example = self._cache.get(i)
         if example is None:
-            sample = self._source[i]
-            example = self._recipe.build(sample, self._excess.get(i, 0))
-            if not bucket.holds(example.size()):
-                reason = f"now gives {example.size()}, more than its bucket {bucket}: the file changed since it was measured"
+            place = np.searchsorted(self._index.ids, i)
+            sample, measured = self._source[i], Bucket(*self._index.sizes[place].tolist())
+            example = self._recipe.build(sample, int(self._index.excess[place]))
+            if not measured.holds(example.size()):
+                reason = f"now gives {example.size()}, not the {measured} planned with: the file changed since it was measured"
                 raise sample.error(f"{reason}; delete the length cache", kind="media", field="media")
             self._cache.put(i, example)
         return example

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import bisect
+import dataclasses
 import io
-from collections.abc import Iterator
+import itertools
 from pathlib import Path
 
 import av
@@ -11,12 +13,15 @@ import av.error
 import numpy as np
 import soundfile
 import soxr
+from av.video.frame import PictureType
 from av.video.reformatter import VideoReformatter
 from PIL import Image
 
 from omnisapiens_jax.processing.audio import SAMPLE_RATE, audio_token_count, mel_frames
 
 Source = bytes | Path
+
+_SEEK_BELOW = 0.5  # seeking must spare this share of the frames at least: each seek also opens the decoder anew
 
 
 class MediaError(Exception):
@@ -68,25 +73,23 @@ def has_audio(source: Source, *, name: str = "video") -> bool:
 def decode_video(source: Source, *, frames: int, name: str = "video") -> np.ndarray:
     """RGB frames `[n, H, W, 3]` uint8 taken evenly from the whole clip: `round(linspace(0, total - 1, frames))`; all if it has fewer.
 
-    Frames are read in order and only the wanted ones are converted and kept. Raises MediaError: missing, empty, no video stream,
+    A clip is read in order up to the last wanted frame, or, where that decodes less than half as much, from the key frame before each
+    wanted one; the frames are the same. Only the wanted ones are converted and kept. Raises MediaError: missing, empty, no video stream,
     undecodable, or cut off (fewer frames than the header promises).
     """
     name, raw = _open(source, name)
     try:
-        total = _count_frames(raw, name)
-        wanted = frame_indices(total, frames)
+        packets = _packets(raw, name)
+        wanted = frame_indices(len(packets), frames)
         raw.seek(0)
-        kept: list[np.ndarray] = []
-        to_rgb = VideoReformatter()  # one for all frames: setting up the conversion costs more than a small frame's own
-        for index, frame in enumerate(_frames(raw)):
-            if index == wanted[len(kept)]:
-                kept.append(to_rgb.reformat(frame, format="rgb24", threads=1).to_ndarray())
-                if len(kept) == len(wanted):
-                    break
+        kept = _sought(raw, jumps) if (jumps := _jumps(packets, wanted)) else []
+        if len(kept) < len(wanted):
+            raw.seek(0)
+            kept = _in_order(raw, wanted)
     except av.error.FFmpegError as reason:
         raise MediaError(name, f"corrupt or truncated video ({reason})") from reason
     if len(kept) < len(wanted):
-        raise MediaError(name, f"corrupt or truncated video (frame {wanted[len(kept)]} of {total} cannot be decoded)")
+        raise MediaError(name, f"corrupt or truncated video (frame {wanted[len(kept)]} of {len(packets)} cannot be decoded)")
     return np.stack(kept)
 
 
@@ -104,7 +107,7 @@ def video_shape(source: Source, *, frames: int, name: str = "video") -> tuple[in
     """Shape (n, height, width) that `decode_video` gives, without decoding."""
     name, raw = _open(source, name)
     try:
-        total = _count_frames(raw, name)
+        total = len(_packets(raw, name))
         raw.seek(0)
         with av.open(raw, "r") as container:
             stream = container.streams.video[0]
@@ -128,25 +131,94 @@ def frame_indices(total: int, frames: int) -> list[int]:
     return [int(i) for i in np.round(np.linspace(0, total - 1, min(frames, total)))]
 
 
-def _count_frames(raw: io.BytesIO, name: str) -> int:
-    """Number of coded pictures, from the packets alone: headers may be silent, and a file that was cut off still promises them all."""
+@dataclasses.dataclass(frozen=True)
+class _Packet:
+    """A coded picture: when it is shown, in units of its stream's (None: the container does not say), and whether decoding can begin there."""
+
+    time: int | None
+    key: bool
+
+
+def _packets(raw: io.BytesIO, name: str) -> list[_Packet]:
+    """The coded pictures that are shown, in coded order, from the packets alone.
+
+    Headers may be silent about their number, and a file that was cut off still promises them all.
+    """
     with av.open(raw, "r") as container:
         if not container.streams.video:
             raise MediaError(name, "has no video stream, or is cut off before its index")
         stream = container.streams.video[0]
-        total = sum(1 for packet in container.demux(stream) if packet.size and not packet.is_discard)
-        if total < stream.frames:
-            raise MediaError(name, f"truncated video (the header promises {stream.frames} frames, the file holds {total})")
-    if not total:
+        # An edit list takes pictures out of the index of an MP4, not out of its count of frames.
+        promised = len(stream.index_entries) if "mp4" in container.format.name else stream.frames
+        packets = [packet for packet in container.demux(stream) if packet.size]
+        if len(packets) < promised:
+            raise MediaError(name, f"truncated video (the header promises {promised} frames, the file holds {len(packets)})")
+    shown = [_Packet(packet.pts, packet.is_keyframe) for packet in packets if not packet.is_discard]  # the others only lead up to them
+    if not shown:
         raise MediaError(name, "holds no video frames")
-    return total
+    return shown
 
 
-def _frames(raw: io.BytesIO) -> Iterator[av.VideoFrame]:
+def _jumps(packets: list[_Packet], wanted: list[int]) -> list[tuple[int, int]]:
+    """(time of the key frame to begin at, time) of each wanted frame; none where reading in order is as good, or times are not to be had."""
+    times = [packet.time for packet in packets if packet.time is not None]
+    shown = sorted(set(times))
+    if len(shown) < len(packets):
+        return []
+    coded = {time: place for place, time in enumerate(times)}
+    keys = [packet.time for packet in packets if packet.key and packet.time is not None]
+    if keys != sorted(keys) or not keys or keys[0] > shown[0]:
+        return []
+    jumps, decoded, reached = [], 0, -1  # `reached`: how far in coded order the decoder has come
+    for time in (shown[index] for index in wanted):
+        key = keys[bisect.bisect_right(keys, time) - 1]
+        decoded += max(coded[time] - max(coded[key] - 1, reached), 0)
+        reached = max(coded[time], reached)
+        jumps.append((key, time))
+    return jumps if decoded < _SEEK_BELOW * (wanted[-1] + 1) else []
+
+
+def _sought(raw: io.BytesIO, jumps: list[tuple[int, int]]) -> list[np.ndarray]:
+    """The frames shown at the times of `jumps`, fewer if one does not turn up, or if a key frame is none to begin at after all."""
+    kept: list[np.ndarray] = []
+    to_rgb = VideoReformatter()
+    with av.open(raw, "r") as container:
+        stream = container.streams.video[0]
+        stream.thread_count = 1
+        begun, frames = None, iter(())
+        for key, time in jumps:
+            if key != begun:
+                container.seek(key, stream=stream)
+                begun, frames = key, container.decode(stream)
+                first = next(frames, None)
+                # A recovery point is flagged like a key frame, but the pictures after it are not whole at once.
+                if first is None or first.pict_type != PictureType.I:
+                    return kept
+                frames = itertools.chain([first], frames)
+            found = next((frame for frame in frames if frame.pts is None or frame.pts >= time), None)
+            if found is None or found.pts != time:
+                return kept
+            kept.append(_rgb(found, to_rgb))
+    return kept
+
+
+def _in_order(raw: io.BytesIO, wanted: list[int]) -> list[np.ndarray]:
+    """The frames of these numbers, fewer if the clip ends before."""
+    kept: list[np.ndarray] = []
+    to_rgb = VideoReformatter()  # one for all frames: setting up the conversion costs more than a small frame's own
     with av.open(raw, "r") as container:
         stream = container.streams.video[0]
         stream.thread_count = 1  # samples are what is worked on in parallel
-        yield from container.decode(stream)
+        for index, frame in enumerate(container.decode(stream)):
+            if index == wanted[len(kept)]:
+                kept.append(_rgb(frame, to_rgb))
+                if len(kept) == len(wanted):
+                    break
+    return kept
+
+
+def _rgb(frame: av.VideoFrame, to_rgb: VideoReformatter) -> np.ndarray:
+    return to_rgb.reformat(frame, format="rgb24", threads=1).to_ndarray()
 
 
 def _decode_sound_track(raw: io.BytesIO, seconds: float, name: str) -> tuple[np.ndarray, int]:

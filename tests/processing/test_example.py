@@ -121,7 +121,7 @@ def test_reference_token_counts(mp4, wav, mini_tokenizer):
 
 def test_every_media_token_finds_its_own_embedding(rich, mini):
     """Follows each token through collate's index into a list of embeddings that carry their own names."""
-    bucket = Bucket(*(value + pad for value, pad in zip(dataclasses.astuple(rich.size()), (7, 2, 3, 1, 2, 0), strict=True)))
+    bucket = Bucket(*(value + pad for value, pad in zip(dataclasses.astuple(rich.size()), (7, 2, 3, 1, 2, 0, 0), strict=True)))
     batch = collate([None, rich], bucket, mini)
     assert {name: value.shape[1:] for name, value in batch.items() if name in ("tokens", "positions", "patch_coords")} == {
         "tokens": (bucket.tokens,),
@@ -213,7 +213,7 @@ def test_a_batch_pads_on_the_right_and_masks_empty_slots(rich, make, mini):
 
 def test_what_does_not_fit_is_named(rich, make, mini, wav):
     with pytest.raises(
-        ValueError, match=rf"slot 1 does not fit its bucket: tokens {len(rich.tokens)} > 40, audio_chunks 5 > 0, .*larger bucket"
+        ValueError, match=rf"row 1 does not fit its bucket: tokens {len(rich.tokens)} > 40, audio_chunks 5 > 0, .*larger bucket"
     ):
         collate([None, rich], Bucket(40), mini)
     assert not Bucket(40).holds(rich.size()) and Bucket.covering([rich.size(), Bucket(9999)]).holds(rich.size())
