@@ -153,13 +153,20 @@ def main() -> None:
     """Prints the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=int, default=sum(SIGNATURES.values()))
-    parser.add_argument("--batch", type=int, default=64, help="rows of a batch; packed rows hold several samples, an eighth as many are taken")
+    parser.add_argument("--batch", type=int, default=64, help="rows of a batch; of packed ones an eighth, each holds several samples")
     arguments = parser.parse_args()
     console = Console(width=150)
     for samples in (arguments.samples // 4, arguments.samples):  # how the time grows
         index, patches = distribution(samples)
         table = Table(
-            "planner", *KINDS, "compute", "shapes", "rows", "choosing, CPU s", "an epoch, CPU s", title=f"Share of padding, {len(index):,} samples"
+            "planner",
+            *KINDS,
+            "compute",
+            "shapes",
+            "rows",
+            "choosing, CPU s",
+            "an epoch, CPU s",
+            title=f"Share of padding, {len(index):,} samples",
         )
         for name, planner, choosing, planning in planners(index, arguments.batch):
             plan = planner.epoch(0)

@@ -1,4 +1,4 @@
-"""Which few shapes a run compiles: buckets, or the row of packed samples, picked from the sizes of its samples so that little is padding."""
+"""Which few shapes a run compiles: buckets, or the row of packed samples, picked from the sizes of its samples to waste little."""
 
 from __future__ import annotations
 
@@ -103,8 +103,7 @@ def choose_buckets(
 def choose_row(index: Index, cost: SlotCost, *, tokens: int) -> Bucket:
     """The shape of a packed row of so many `tokens`: budgets of sound and frames in the proportion in which the samples need them.
 
-    A few thousand samples are packed into rows with a little more or less of each, and the cheapest is taken. Frames have the windows of the
-    largest.
+    Some samples are packed into rows with a little more or less of each, and the cheapest is taken. Frames have the windows of the largest.
 
     Args:
         index: the sizes; mixtures are taken to need about the same.

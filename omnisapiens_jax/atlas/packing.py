@@ -44,7 +44,8 @@ def pack(sizes: np.ndarray, shape: np.ndarray, *, pool: int = POOL) -> list[np.n
             stays[chosen] = False
             room, left = room - needs[:, chosen, None], left - shares[:, chosen, None]
             fits = (needs <= room).all(0) & stays
-            chosen = int(np.where(fits, weights - 2 * (shares * left).sum(0), _FAR).argmin())  # |shares - left|^2, but for what is the same for all
+            apart = weights - 2 * (shares * left).sum(0)  # |shares - left|^2, less |left|^2, which is the same for all
+            chosen = int(np.where(fits, apart, _FAR).argmin())
             if not fits[chosen]:
                 break
         rows.append(waiting[row])

@@ -301,6 +301,12 @@ class _Reader:
         self.grids.append(grid)
         return grid
 
+    def seconds_per_grid(self, source: Source, name: str) -> float:
+        """What a grid step of a video lasts, as the model is told."""
+        options, frames = self.options, self.config.vision.temporal_patch_size
+        spacing = media.frame_spacing(source, frames=options.video_frames, name=name) if options.real_timing else None
+        return frames * spacing if spacing else frames / options.fps
+
 
 def _build_prompt(
     reader: _Reader,
@@ -333,6 +339,7 @@ def _build_prompt(
         raise ValueError(f"{name}: the text itself holds {len(places) - len(order)} literal placeholder token(s) without media")
 
     audio_tokens: list[int] = []
+    seconds: list[float] = []  # that a grid step of each video lasts
     grids: dict[str, list[Grid]] = {"image": [], "video": []}
     pieces: list[np.ndarray] = []
     following = 0
@@ -349,9 +356,11 @@ def _build_prompt(
             grid = reader.picture(kind, source, what)
             grids[kind].append(grid)
             span = np.full(_cells(grid, config), ids.image if kind == "image" else ids.video, np.int32)
+            if kind == "video":
+                seconds.append(reader.seconds_per_grid(source, what))
             if kind == "video" and with_sound:
                 audio_tokens.append(reader.audio(source, f"{what}, sound track"))
-                span = _video_with_sound(grid, audio_tokens[-1], config, _seconds_per_grid(config, options))
+                span = _video_with_sound(grid, audio_tokens[-1], config, seconds[-1])
         pieces.append(span)
         following = place + 1
     tokens = np.concatenate([*pieces, text[following:]])
@@ -361,14 +370,10 @@ def _build_prompt(
         audio_tokens=audio_tokens,
         image_grids=grids["image"],
         video_grids=grids["video"],
-        seconds_per_grid=[_seconds_per_grid(config, options)] * len(grids["video"]),
+        seconds_per_grid=seconds,
         use_audio_in_video=with_sound,
     )
     return _Prompt(tokens, positions)
-
-
-def _seconds_per_grid(config: ThinkerConfig, options: ProcessingConfig) -> float:
-    return config.vision.temporal_patch_size / options.fps
 
 
 def _cells(grid: Grid, config: ThinkerConfig) -> int:

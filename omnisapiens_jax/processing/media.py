@@ -93,6 +93,24 @@ def decode_video(source: Source, *, frames: int, name: str = "video") -> np.ndar
     return np.stack(kept)
 
 
+def frame_spacing(source: Source, *, frames: int, name: str = "video") -> float | None:
+    """Seconds between the frames that `decode_video` gives, on average; None for a still, or where the container has no times.
+
+    Raises MediaError as `decode_video` does, but nothing is decoded.
+    """
+    name, raw = _open(source, name)
+    try:
+        times = sorted(packet.time for packet in _packets(raw, name) if packet.time is not None)
+        raw.seek(0)
+        with av.open(raw, "r") as container:
+            base = container.streams.video[0].time_base
+    except av.error.FFmpegError as reason:
+        raise MediaError(name, f"corrupt or truncated video ({reason})") from reason
+    if len(times) < 2 or frames < 2 or base is None:
+        return None
+    return float((times[-1] - times[0]) * base) / (len(frame_indices(len(times), frames)) - 1)
+
+
 def decode_image(source: Source, *, name: str = "image") -> np.ndarray:
     """A picture as RGB `[1, H, W, 3]` uint8. Raises MediaError when it is missing, empty or undecodable."""
     name, raw = _open(source, name)
@@ -133,7 +151,7 @@ def frame_indices(total: int, frames: int) -> list[int]:
 
 @dataclasses.dataclass(frozen=True)
 class _Packet:
-    """A coded picture: when it is shown, in units of its stream's (None: the container does not say), and whether decoding can begin there."""
+    """A coded picture: when it is shown, in its stream's units (None: the container does not say), and whether decoding can begin there."""
 
     time: int | None
     key: bool
@@ -160,7 +178,7 @@ def _packets(raw: io.BytesIO, name: str) -> list[_Packet]:
 
 
 def _jumps(packets: list[_Packet], wanted: list[int]) -> list[tuple[int, int]]:
-    """(time of the key frame to begin at, time) of each wanted frame; none where reading in order is as good, or times are not to be had."""
+    """(time of the key frame to begin at, time) of each wanted frame; none where reading in order is as good, or times are missing."""
     times = [packet.time for packet in packets if packet.time is not None]
     shown = sorted(set(times))
     if len(shown) < len(packets):

@@ -63,7 +63,9 @@ def in_order(source: bytes, count: int) -> np.ndarray:
     gaps=st.lists(st.integers(5, 400), min_size=1, max_size=5),
     g=st.sampled_from([1, 2, 3, 7, 20, 250]),
     bf=st.integers(0, 3),
-    extra=st.sampled_from([{}, {"x264_params": "open-gop=1"}, {"x264_params": "intra-refresh=1"}, {"x264_params": "scenecut=0:b-pyramid=2"}]),
+    extra=st.sampled_from(
+        [{}, {"x264_params": "open-gop=1"}, {"x264_params": "intra-refresh=1"}, {"x264_params": "scenecut=0:b-pyramid=2"}]
+    ),
     early=st.sampled_from([0, 0, 1, 5]),
 )
 def test_seeking_finds_the_frames_of_reading_in_order(frames, count, gaps, g, bf, extra, early):
