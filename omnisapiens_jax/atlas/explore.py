@@ -204,6 +204,7 @@ _BUCKET_COLUMNS = (*(field.name.replace("_", " ") for field in dataclasses.field
 
 
 def _slots(sizes: np.ndarray) -> dict[str, np.ndarray]:
-    """Sizes `[N, 6]`, the fields of `Bucket`, as slots of each kind `[N]`."""
-    tokens, _, audio_tokens, frames, windows, patches = sizes.astype(np.int64).T
-    return {"tokens": tokens, "audio_tokens": audio_tokens, "patches": frames * windows * patches}
+    """Sizes `[N, fields of Bucket]` as slots of each kind `[N]`."""
+    size = dict(zip((field.name for field in dataclasses.fields(Bucket)), sizes.astype(np.int64).T, strict=False))
+    patches = size["frames"] * size["windows"] * size["window_patches"]
+    return {"tokens": size["tokens"], "audio_tokens": size["audio_tokens"], "patches": patches}

@@ -33,6 +33,8 @@ from omnisapiens_jax.atlas.schema import Sample, SampleError
 from omnisapiens_jax.atlas.sources import Source
 from omnisapiens_jax.processing.example import Bucket, Example
 
+Kinds = tuple[str, str, str]  # signature, dataset, task
+
 DEADLINE = 60.0  # seconds
 MEMORY = 2**32  # bytes
 
@@ -54,8 +56,8 @@ class Decoder:
     recipe: Recipe
     zero: bool = False
 
-    def measure(self, row: int, told: Callable[[Sample], None] | None = None) -> tuple[str, Bucket, int, list[SampleError]]:
-        """Signature, size and excess tokens of a row (see `Recipe.measure`), and the faults of the media that were replaced.
+    def measure(self, row: int, told: Callable[[Sample], None] | None = None) -> tuple[Kinds, Bucket, int, list[SampleError]]:
+        """(Signature, dataset, task), size and excess tokens of a row, as `Recipe.measure`, and the faults of media that were replaced.
 
         `told` is called with the sample before any medium is opened.
 
@@ -64,20 +66,20 @@ class Decoder:
         """
         sample, replaced = self._read(row, told), [] if self.zero else None
         size, excess = _within_memory(sample, lambda: self.recipe.measure(sample, replaced))
-        return sample.modality_signature, size, excess, replaced or []
+        return (sample.modality_signature, sample.dataset, sample.task), size, excess, replaced or []
 
     def build(
-        self, row: int, excess: int = 0, bucket: Bucket | None = None, told: Callable[[Sample], None] | None = None
+        self, row: int, excess: int = 0, planned: Bucket | None = None, told: Callable[[Sample], None] | None = None
     ) -> tuple[Example, list[SampleError]]:
         """The example of a row that `measure` found `excess` tokens too long, and the faults of the media that were replaced.
 
         Raises:
-            SampleError: the row cannot be used, or is larger than the `bucket` that was planned for it.
+            SampleError: the row cannot be used, or is larger than the `planned` size.
         """
         sample, replaced = self._read(row, told), [] if self.zero else None
         example = _within_memory(sample, lambda: self.recipe.build(sample, excess, replaced))
-        if bucket is not None and not bucket.holds(example.size()):
-            reason = f"now gives {example.size()}, more than its bucket {bucket}: the file changed since it was measured"
+        if planned is not None and not planned.holds(example.size()):
+            reason = f"now gives {example.size()}, not the {planned} planned with: the file changed since it was measured"
             raise sample.error(f"{reason}; delete the length cache", kind="media", field="media")
         return example, replaced or []
 
@@ -98,13 +100,13 @@ class IsolatedDecoder:
     def __init__(self, decoder: Decoder, pool: WorkerPool) -> None:
         self._pool, self._payload = pool, pickle.dumps(decoder)
 
-    def measure(self, row: int) -> tuple[str, Bucket, int, list[SampleError]]:
+    def measure(self, row: int) -> tuple[Kinds, Bucket, int, list[SampleError]]:
         """See `Decoder.measure`."""
         return self._pool.run(self._payload, "measure", row)
 
-    def build(self, row: int, excess: int = 0, bucket: Bucket | None = None) -> tuple[Example, list[SampleError]]:
+    def build(self, row: int, excess: int = 0, planned: Bucket | None = None) -> tuple[Example, list[SampleError]]:
         """See `Decoder.build`. The arrays lie in memory that the worker filled: nothing is copied on the way."""
-        return self._pool.run(self._payload, "build", row, excess, bucket)
+        return self._pool.run(self._payload, "build", row, excess, planned)
 
 
 def open_decoder(
@@ -251,7 +253,7 @@ class _Worker:
         ours, theirs = socket.socketpair()
         call = f"from omnisapiens_jax.atlas.workers import _serve; _serve({theirs.fileno()}, {self._memory}, {os.getpid()})"
         # Rows are what is worked on in parallel. Arrow's own allocator takes a gigabyte at once, which the bound would count.
-        changed = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS"), "1")
+        changed: dict[str, str] = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS"), "1")
         changed["ARROW_DEFAULT_MEMORY_POOL"] = "system"
         with theirs:
             self._process = subprocess.Popen(
