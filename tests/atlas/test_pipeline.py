@@ -71,7 +71,7 @@ def test_an_epoch_of_packed_rows_feeds_every_sample_with_its_own_media(atlas):
 @pytest.mark.parametrize("mode", ["mixed", "packed"])
 def test_dropout_takes_the_content_and_nothing_else(atlas, mode):
     whole, deaf, blind = (
-        dict(make(atlas, mode=mode, batch_size=2, **odds).batches(0, 3)) for odds in ({}, {"audio_dropout": 1.0}, {"video_dropout": 1.0})
+        dict(make(atlas, mode=mode, batch_size=8, **odds).batches(0, 2)) for odds in ({}, {"audio_dropout": 1.0}, {"video_dropout": 1.0})
     )
     for step, batch in whole.items():
         for lost, field, left in ((deaf[step], "audio_chunks", -1.5), (blind[step], "patches", 0.0)):
