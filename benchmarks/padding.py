@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from omnisapiens_jax.atlas.bucketing import SlotCost, choose_buckets, choose_row, padding_share, planned
-from omnisapiens_jax.atlas.plan import Index, Plan, PlanConfig, Planner
+from omnisapiens_jax.atlas.plan import Index, Mode, Plan, PlanConfig, Planner
 from omnisapiens_jax.models.config import ThinkerConfig
 from omnisapiens_jax.processing.audio import audio_token_count
 from omnisapiens_jax.processing.options import REFERENCE
@@ -130,13 +130,14 @@ def waste(plan: Plan, index: Index, patches: np.ndarray) -> np.ndarray:
 def planners(index: Index, batch: int) -> list[tuple[str, Planner, float, float]]:
     """Name, planner, seconds to choose its shapes and to plan an epoch."""
     cost, made = SlotCost.of(CONFIG), []
-    for name, mode, price in (
+    ways: tuple[tuple[str, Mode, SlotCost], ...] = (
         ("one bucket", "homogeneous", cost),
         ("homogeneous, by compute alone", "homogeneous", cost),
         ("homogeneous", "homogeneous", cost.raised(index.sizes)),
         ("mixed", "mixed", cost.raised(index.sizes)),
         ("packed", "packed", cost.raised(index.sizes)),
-    ):
+    )
+    for name, mode, price in ways:
         plan = PlanConfig(batch // 8 if mode == "packed" else batch, mode=mode)
         begun = time.process_time()
         if mode == "packed":
