@@ -241,7 +241,7 @@ def test_a_subset_plans_only_its_samples():
 
 
 def test_a_packed_row_is_chosen_to_be_full():
-    index, plan = make_index(1500), PlanConfig(batch_size=4, mode="packed")
+    index, plan = make_index(600), PlanConfig(batch_size=2, mode="packed")
     row = choose_row(index, COST, tokens=4096)
     assert row.tokens == 4096 and row.holds(Bucket.covering(Bucket(*size) for size in index.sizes.tolist()))
     assert padding_share(Planner(index, (row,), plan).epoch(0), index, COST) < 0.12

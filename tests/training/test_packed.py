@@ -13,6 +13,7 @@ import pytest
 from flax import nnx
 
 from omnisapiens_jax.atlas.recipe import Recipe
+from omnisapiens_jax.generation.sampling import Generator, Sampling
 from omnisapiens_jax.parallel.mesh import on_mesh
 from omnisapiens_jax.processing.chat import FORMAT_PROMPTS
 from omnisapiens_jax.processing.example import Batch, Bucket, Example, collate, collate_packed
@@ -120,10 +121,10 @@ def test_packing_what_is_sampled_from_is_refused() -> None:
         check(world.config("rl", atlas__batches="packed"), world.mesh_of((1, 1, 1)))
     with pytest.raises(ValueError, match="unknown config.atlas.batches 'pack'"):
         check(world.config("sft", atlas__batches="pack"), world.mesh_of((1, 1, 1)))
-    here = world.world(world.config("rl"))
-    generator = here.run(Path()).generator(1, 0.0)
+    sampling = Sampling(rollouts=1, max_tokens=4, temperature=0.0, eos=(tiny.TINY.tokens.im_end,), pad=tiny.TINY.tokens.pad, chunk=4)
+    generator = Generator(tiny.thinker(), sampling, unroll=False)
     with pytest.raises(ValueError, match="packed rows cannot be continued"):
-        generator(here.state.trainable, jax.tree.map(jnp.asarray, packed()), jnp.zeros((2, 1)))
+        generator(nnx.state(tiny.thinker()), jax.tree.map(jnp.asarray, packed()), jnp.zeros((2, 1)))
 
 
 @pytest.mark.slow
