@@ -8,9 +8,9 @@ batching. Choosing shapes hardly grows with the samples, for only distinct sizes
 
 Reported of the distribution: the number of samples of each modality signature (87.1 % text_video_audio, 10.4 % text_audio, 2.5 % text) and
 dataset, sound cut at 10 s (250 tokens), four frames of 147,456 pixels (360 tokens at 16:9).
-Assumed, because it is not reported for the benchmark (`DATASETS`): how long the clips are (log-normal, around means such as the datasets are
-known for), how much is said in a second, how long instructions and answers are, and which shapes the pictures have. The real length index
-tells all of it; these tables only say what planners do with lengths like these.
+Assumed, because it is not reported for the benchmark (`DATASETS`): how long the clips are (log-normal, around means such as the datasets
+are known for), how much is said in a second, how long instructions and answers are, and which shapes the pictures have. The real length
+index tells all of it; these tables only say what planners do with lengths like these.
 """
 
 from __future__ import annotations
