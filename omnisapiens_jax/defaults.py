@@ -66,6 +66,7 @@ def base(size: str) -> ConfigDict:
             "video_frames": 4,
             "video_min_pixels": pixels,
             "video_max_pixels": pixels,
+            "real_timing": False,  # positions of frames follow the clip's clock, not one second a grid step
             "format_prompt": "think",
         }
     )

@@ -163,20 +163,28 @@ def _coarse(sizes: np.ndarray, members: np.ndarray, most: int) -> tuple[np.ndarr
 def _agglomerate(shapes: np.ndarray, members: np.ndarray, cost: SlotCost, count: int, batch_size: int) -> np.ndarray:
     """Sizes `[M, 7]` of so many members `[M]` -> shapes `[K, 7]` ordered by cost, K <= count."""
     total = float((members * cost(shapes)).sum())
-    while len(shapes) > 1:
-        joint = np.maximum(shapes[:, None], shapes[None])
-        price = members * cost(shapes)
-        rise = (members[:, None] + members[None]) * cost(joint) - price[:, None] - price[None]
-        if len(shapes) <= count:  # few enough: what counts now is whole batches, the last of a bucket being partly empty
-            batches = np.ceil(members / batch_size) * batch_size
-            price = batches * cost(shapes)
-            together = np.ceil((members[:, None] + members[None]) / batch_size) * batch_size
-            rise = together * cost(joint) - price[:, None] - price[None]
-        np.fill_diagonal(rise, np.inf)
-        a, b = np.unravel_index(np.argmin(rise), rise.shape)
-        if len(shapes) <= count and rise[a, b] > _WORTH * total:
+
+    def rise(some: np.ndarray, size: int) -> np.ndarray:
+        """What an epoch costs more when each of `some` `[S]` is merged with each of all: `[S, M]`, in whole batches of `size`."""
+        mine, all_of_them = (np.ceil(m / size) * size * cost(s) for m, s in ((members[some], shapes[some]), (members, shapes)))
+        joint = cost(np.maximum(shapes[some, None], shapes[None]))
+        more = np.ceil((members[some, None] + members[None]) / size) * size * joint - mine[:, None] - all_of_them[None]
+        more[np.arange(len(some)), some] = np.inf
+        return more
+
+    merged, dead = rise(np.arange(len(shapes)), 1), np.zeros(len(shapes), bool)
+    for _ in range(len(shapes) - count):
+        a, b = np.unravel_index(np.argmin(merged), merged.shape)
+        shapes[a], members[a], dead[b] = np.maximum(shapes[a], shapes[b]), members[a] + members[b], True
+        merged[a] = merged[:, a] = np.where(dead, np.inf, rise(np.array([a]), 1)[0])
+        merged[b] = merged[:, b] = np.inf
+    shapes, members = shapes[~dead], members[~dead]
+    while len(shapes) > 1:  # few enough: what counts now is whole batches, the last of a bucket being partly empty
+        merged = rise(np.arange(len(shapes)), batch_size)
+        a, b = np.unravel_index(np.argmin(merged), merged.shape)
+        if merged[a, b] > _WORTH * total:
             break
-        shapes[a], members[a] = joint[a, b], members[a] + members[b]
+        shapes[a], members[a] = np.maximum(shapes[a], shapes[b]), members[a] + members[b]
         shapes, members = np.delete(shapes, b, axis=0), np.delete(members, b)
     return shapes[np.argsort(cost(shapes), kind="stable")]
 

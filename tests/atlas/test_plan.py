@@ -65,7 +65,7 @@ configs = st.fixed_dictionaries(
 mixtures = configs.map(lambda config: {**config, "shuffle": True, "temperature": 3.0, "audio_dropout": 0.3})
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(configs, st.integers(1, 150), st.integers(0, 3))
 def test_every_sample_comes_once_an_epoch_and_fits_its_bucket(config, count, epoch):
     index = make_index(count, seed=count)
@@ -77,11 +77,11 @@ def test_every_sample_comes_once_an_epoch_and_fits_its_bucket(config, count, epo
         step = plan[k]
         for row in step.ids.reshape(config["batch_size"], -1).tolist():
             held = np.array([sizes[i] for i in row if i != MASKED]).reshape(-1, 7)
-            added, largest = held[:, [0, 1, 2, 3, 6]].sum(0).tolist(), held[:, 4:6].max(0, initial=0).tolist()
-            assert step.bucket.holds(Bucket(*added[:4], *largest, added[4]))
+            added, largest = held.sum(0), held.max(0, initial=0)
+            assert step.bucket.holds(Bucket(*np.where([1, 1, 1, 1, 0, 0, 1], added, largest).tolist()))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(configs, st.integers(1, 150))
 def test_a_homogeneous_batch_has_one_signature(config, count):
     index = make_index(count, seed=count)
@@ -91,7 +91,7 @@ def test_a_homogeneous_batch_has_one_signature(config, count):
         assert len({of[i] for i in ids.ravel().tolist() if i != MASKED}) == 1
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(configs | mixtures, st.integers(20, 150), st.data())
 def test_a_plan_is_a_function_of_its_inputs_and_of_the_step(config, count, data):
     index = make_index(count, seed=count)
@@ -105,7 +105,7 @@ def test_a_plan_is_a_function_of_its_inputs_and_of_the_step(config, count, data)
     assert np.array_equal(first[step].ids, first.epoch(epoch)[position].ids)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(configs | mixtures, st.integers(20, 150))
 def test_the_number_of_hosts_changes_only_who_does_what(config, count):
     index = make_index(count, seed=count)
@@ -241,7 +241,7 @@ def test_a_subset_plans_only_its_samples():
 
 
 def test_a_packed_row_is_chosen_to_be_full():
-    index, plan = make_index(3000), PlanConfig(batch_size=4, mode="packed")
+    index, plan = make_index(600), PlanConfig(batch_size=2, mode="packed")
     row = choose_row(index, COST, tokens=4096)
     assert row.tokens == 4096 and row.holds(Bucket.covering(Bucket(*size) for size in index.sizes.tolist()))
     assert padding_share(Planner(index, (row,), plan).epoch(0), index, COST) < 0.12

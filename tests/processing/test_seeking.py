@@ -51,7 +51,7 @@ def _earlier(packet: av.Packet, time: int) -> av.Packet:
 
 
 def in_order(source: bytes, count: int) -> np.ndarray:
-    with av.open(io.BytesIO(source)) as container:
+    with av.open(io.BytesIO(source), "r") as container:
         frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
     return np.stack([frames[i] for i in frame_indices(len(frames), count)])
 
@@ -89,7 +89,7 @@ def test_what_lies_between_is_not_decoded():
     source = clip(120, g=10, bf=2, x264_params="scenecut=0")
     wanted = frame_indices(120, 4)
     broken = bytearray(source)
-    with av.open(io.BytesIO(source)) as container:
+    with av.open(io.BytesIO(source), "r") as container:
         packets = [packet for packet in container.demux(video=0) if packet.size]
     groups = np.cumsum([packet.is_keyframe for packet in packets]) - 1
     for packet, group in zip(packets, groups.tolist(), strict=True):

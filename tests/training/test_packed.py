@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
 from omnisapiens_jax.atlas.recipe import Recipe
+from omnisapiens_jax.generation.sampling import Generator, Sampling
+from omnisapiens_jax.parallel.mesh import on_mesh
 from omnisapiens_jax.processing.chat import FORMAT_PROMPTS
 from omnisapiens_jax.processing.example import Batch, Bucket, Example, collate, collate_packed
 from omnisapiens_jax.processing.options import ProcessingConfig
 from omnisapiens_jax.training.data import Atlas
-from omnisapiens_jax.training.jobs import check, run
+from omnisapiens_jax.training.jobs import check
+from omnisapiens_jax.training.journal import read_metrics
 from omnisapiens_jax.training.losses import lm_loss
 from tests import tiny
 from tests.training import world
@@ -51,7 +55,7 @@ def packed() -> Batch:
 def gradient() -> Callable[[Batch], tuple[float, float, nnx.State]]:
     graph, params = nnx.split(tiny.thinker())
 
-    def loss(params: nnx.State, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    def loss(params: nnx.State, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
         return lm_loss(nnx.merge(graph, params), batch)
 
     step = jax.jit(jax.value_and_grad(loss, has_aux=True))
@@ -117,15 +121,19 @@ def test_packing_what_is_sampled_from_is_refused() -> None:
         check(world.config("rl", atlas__batches="packed"), world.mesh_of((1, 1, 1)))
     with pytest.raises(ValueError, match="unknown config.atlas.batches 'pack'"):
         check(world.config("sft", atlas__batches="pack"), world.mesh_of((1, 1, 1)))
-    here = world.world(world.config("rl"))
-    generator = here.run(Path()).generator(1, 0.0)
+    sampling = Sampling(rollouts=1, max_tokens=4, temperature=0.0, eos=(tiny.TINY.tokens.im_end,), pad=tiny.TINY.tokens.pad, chunk=4)
+    generator = Generator(tiny.thinker(), sampling, unroll=False)
     with pytest.raises(ValueError, match="packed rows cannot be continued"):
-        generator(tiny.thinker(), packed(), None)
+        generator(nnx.state(tiny.thinker()), jax.tree.map(jnp.asarray, packed()), jnp.zeros((2, 1)))
 
 
 @pytest.mark.slow
 def test_a_run_trains_on_packed_rows_and_answers_prompts(tmp_path: Path) -> None:
     made = world.config("sft", atlas__batches="packed", atlas__training__temperature=2.0, atlas__training__audio_dropout=0.2)
-    made.sft.batch_size = made.eval_batch = 2
-    run(made, tmp_path / "run")
-    assert (tmp_path / "run" / "report.html").exists()
+    made.sft.batch_size = 2
+    here = world.world(made)
+    with on_mesh(here.mesh):
+        job = here.run(tmp_path)
+        state = job.fit(made.sft, "sft", here.state)
+        assert int(state.step) > 0 and read_metrics(tmp_path / "sft" / "metrics.jsonl")
+        assert len(job.evaluate("sft", state)) == len(job.atlas.source(made.atlas.test))
