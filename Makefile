@@ -2,7 +2,7 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help rl learning test test-slow check venvs clean
+.PHONY: help rl learning test test-slow throughput check venvs clean
 
 # Compiling takes most of a first run; the cache outlives the checkout, and small programs are kept too.
 export JAX_COMPILATION_CACHE_DIR ?= $(HOME)/.cache/omnisapiens_jax/jax
@@ -34,6 +34,9 @@ test-slow: venvs ## the slow tests: whole runs, long comparisons
 bench: venvs ## speed and memory beside transformers on torch, as a table
 	OMNISAPIENS_ORACLE_PYTHON=$(CURDIR)/.venv-oracle/bin/python $(PY) benchmarks/speed.py
 
+throughput: .venv/.test .venv-throughput/.made ## feeding beside a torch DataLoader around transformers' processor, as a table
+	$(PY) benchmarks/throughput.py
+
 check: .venv/.test ## lint, formatting and types
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
@@ -42,7 +45,7 @@ check: .venv/.test ## lint, formatting and types
 venvs: .venv/.test .venv-oracle/.made ## the environments of the tests: ours, and that of the torch oracle
 
 clean: ## remove environments, caches and build products (runs/ stays)
-	rm -rf .venv .venv-oracle .pytest_cache .ruff_cache build dist
+	rm -rf .venv .venv-oracle .venv-throughput .pytest_cache .ruff_cache build dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The first interpreter that is new enough and can make environments; 3.11 leads because constraints.txt was resolved there.
@@ -70,4 +73,9 @@ CONSTRAINED = $$($(PY) -c 'import sys; print("--constraint=constraints.txt" if s
 .venv-oracle/.made: tests/oracle-requirements.txt
 	@$(FIND_PYTHON); echo "Making .venv-oracle: transformers on torch, for the comparisons (once; 1 GB or more)"; $$python -m venv --clear .venv-oracle
 	@.venv-oracle/bin/python $(INSTALL) --requirement tests/oracle-requirements.txt
+	@touch $@
+
+.venv-throughput/.made: benchmarks/throughput-requirements.txt tests/oracle-requirements.txt
+	@$(FIND_PYTHON); echo "Making .venv-throughput: transformers with torchvision and PyAV (once; 1 GB or more)"; $$python -m venv --clear .venv-throughput
+	@.venv-throughput/bin/python $(INSTALL) --requirement benchmarks/throughput-requirements.txt
 	@touch $@
