@@ -2,7 +2,7 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help rl learning test test-slow bench check venvs descriptors-env clean
+.PHONY: help rl learning test test-slow bench throughput check venvs descriptors-env clean
 
 # Compiling takes most of a first run; the cache outlives the checkout, and small programs are kept too.
 export JAX_COMPILATION_CACHE_DIR ?= $(HOME)/.cache/omnisapiens_jax/jax
@@ -36,6 +36,9 @@ test-slow: venvs descriptors-env ## the slow tests: whole runs, long comparisons
 bench: venvs ## speed and memory beside transformers on torch, as a table
 	OMNISAPIENS_ORACLE_PYTHON=$(CURDIR)/.venv-oracle/bin/python $(PY) benchmarks/speed.py
 
+throughput: .venv/.test .venv-throughput/.made ## feeding beside a torch DataLoader around transformers' processor, as a table
+	$(PY) benchmarks/throughput.py
+
 check: .venv/.test ## lint, formatting and types
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
@@ -46,7 +49,7 @@ venvs: .venv/.test .venv-oracle/.made ## the environments of the tests: ours, an
 descriptors-env: .venv-descriptors/.made-$(OPENSMILE) ## MediaPipe and openSMILE in .venv-descriptors, for new descriptors (OPENSMILE=no leaves that out)
 
 clean: ## remove environments, caches and build products (runs/ stays)
-	rm -rf .venv .venv-oracle .venv-descriptors .pytest_cache .ruff_cache build dist
+	rm -rf .venv .venv-oracle .venv-descriptors .venv-throughput .pytest_cache .ruff_cache build dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The first interpreter that is new enough and can make environments; 3.11 leads because constraints.txt was resolved there.
@@ -88,4 +91,9 @@ DESCRIPTORS := omnisapiens_jax/processing/descriptors
 	@if [ "$(OPENSMILE)" = yes ]; then \
 		sed -n '/^#/s/^# //p' $(DESCRIPTORS)/requirements-opensmile.txt; \
 		.venv-descriptors/bin/python $(INSTALL) --no-deps --requirement $(DESCRIPTORS)/requirements-opensmile.txt; fi
+	@touch $@
+
+.venv-throughput/.made: benchmarks/throughput-requirements.txt tests/oracle-requirements.txt
+	@$(FIND_PYTHON); echo "Making .venv-throughput: transformers with torchvision and PyAV (once; 1 GB or more)"; $$python -m venv --clear .venv-throughput
+	@.venv-throughput/bin/python $(INSTALL) --requirement benchmarks/throughput-requirements.txt
 	@touch $@

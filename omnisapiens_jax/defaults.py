@@ -41,8 +41,15 @@ def base(size: str) -> ConfigDict:
             "validation": "validation",
             "test": "test",
             "max_tokens": 256 if mini else 4096,
+            # homogeneous (of one modality signature), mixed, or packed: several samples in each row of max_tokens, which sft can
             "batches": "mixed" if mini else "homogeneous",
             "buckets": 1 if mini else 8,
+            "training": {  # of what is trained on; see atlas.plan.PlanConfig
+                "temperature": 1.0,  # above 1 an epoch is a mixture, in which every dataset has a share of size ** (1 / temperature)
+                "balance": "dataset",  # or task: what the mixture weighs
+                "audio_dropout": 0.0,  # odds that a sample's sound is silenced,
+                "video_dropout": 0.0,  # its pictures greyed
+            },
             # A row that cannot be used: raise stops the run, skip leaves it out, zero feeds silence and black for its media.
             "on_error": "raise" if mini else "skip",
             "quarantine": "",  # a run's quarantine.jsonl, whose rows are left out
@@ -59,6 +66,7 @@ def base(size: str) -> ConfigDict:
             "video_frames": 4,
             "video_min_pixels": pixels,
             "video_max_pixels": pixels,
+            "real_timing": False,  # positions of frames follow the clip's clock, not one second a grid step
             "format_prompt": "think",
         }
     )

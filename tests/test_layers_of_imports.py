@@ -20,6 +20,7 @@ ROOMS = (
     "parallel",
     "models",
     "processing",
+    "pages",
     "atlas",
     "convert",
     "generation",

@@ -17,19 +17,19 @@ from omnisapiens_jax.atlas.plan import Index
 from omnisapiens_jax.atlas.recipe import Recipe
 from omnisapiens_jax.atlas.schema import SampleError
 from omnisapiens_jax.atlas.sources import Source
-from omnisapiens_jax.atlas.workers import DEADLINE, MEMORY, Decoder, IsolatedDecoder, open_decoder
+from omnisapiens_jax.atlas.workers import DEADLINE, MEMORY, Decoder, IsolatedDecoder, Kinds, open_decoder
 from omnisapiens_jax.processing.example import Bucket
 
-_FORMAT = 1  # raise it when the meaning of a stored number changes, and old files are measured again
+_FORMAT = 2  # raise it when the meaning of a stored number changes, and old files are measured again
 
 Progress = Callable[[int, int], None]
 
 
 @dataclasses.dataclass(frozen=True)
 class _Measured:
-    """One row. `replaced` are the faults of media that silence or black stands in for."""
+    """One row. `kinds` are its signature, dataset and task; `replaced` the faults of media that silence or black stands in for."""
 
-    signature: str
+    kinds: Kinds
     size: tuple[int, ...]
     excess: int
     replaced: tuple[SampleError, ...] = ()
@@ -97,10 +97,10 @@ def shortened(index: Index) -> int:
 
 def _measure(decoder: Decoder | IsolatedDecoder, i: int) -> _Measured | SampleError:
     try:
-        signature, size, excess, replaced = decoder.measure(i)
+        kinds, size, excess, replaced = decoder.measure(i)
     except SampleError as error:
         return error
-    return _Measured(signature, dataclasses.astuple(size), excess, tuple(replaced))
+    return _Measured(kinds, dataclasses.astuple(size), excess, tuple(replaced))
 
 
 def _faults(row: _Row) -> tuple[SampleError, ...]:
@@ -109,13 +109,17 @@ def _faults(row: _Row) -> tuple[SampleError, ...]:
 
 def _index(rows: Sequence[_Row]) -> Index:
     good = [(i, row) for i, row in enumerate(rows) if isinstance(row, _Measured)]
-    names = tuple(sorted({row.signature for _, row in good}))
+    kinds = [sorted(set(column)) for column in zip(*(row.kinds for _, row in good), strict=True)] or [[], [], []]
+    codes = [[names.index(name) for names, name in zip(kinds, row.kinds, strict=True)] for _, row in good]
+    signatures, datasets, tasks = np.array(codes, np.int32).reshape(-1, len(kinds)).T
     return Index(
         ids=np.array([i for i, _ in good], np.int64),
-        signatures=np.array([names.index(row.signature) for _, row in good], np.int32),
-        names=names,
+        signatures=signatures,
+        names=tuple(kinds[0]),
         sizes=np.array([row.size for _, row in good], np.int32).reshape(-1, len(dataclasses.fields(Bucket))),
         excess=np.array([row.excess for _, row in good], np.int32),
+        datasets=datasets,
+        tasks=tasks,
     )
 
 
@@ -123,7 +127,7 @@ def _save(path: Path, rows: Sequence[_Row]) -> None:
     plain = []
     for row in rows:
         faults = _faults(row)  # also of a row that is fed with stand-ins: it is measured again, in case it was mended
-        plain.append(as_record(faults[0]) if faults else dataclasses.astuple(row)[:3] if isinstance(row, _Measured) else None)
+        plain.append(as_record(faults[0]) if faults else (row.kinds, row.size, row.excess) if isinstance(row, _Measured) else None)
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_suffix(f".{os.getpid()}.part")
     draft.write_text(json.dumps(plain))
@@ -132,4 +136,4 @@ def _save(path: Path, rows: Sequence[_Row]) -> None:
 
 def _load(path: Path) -> list[_Row]:
     rows = json.loads(path.read_text())
-    return [SampleError(**row) if isinstance(row, dict) else row and _Measured(row[0], tuple(row[1]), row[2]) for row in rows]
+    return [SampleError(**row) if isinstance(row, dict) else row and _Measured(tuple(row[0]), tuple(row[1]), row[2]) for row in rows]

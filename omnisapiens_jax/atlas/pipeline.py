@@ -12,12 +12,12 @@ import grain
 import numpy as np
 
 from omnisapiens_jax.atlas.faults import FaultLog, Policy, count
-from omnisapiens_jax.atlas.plan import MASKED, Planner, Step
+from omnisapiens_jax.atlas.plan import MASKED, NO_AUDIO, NO_VIDEO, Index, Planner, Step
 from omnisapiens_jax.atlas.recipe import Recipe
 from omnisapiens_jax.atlas.schema import SampleError
 from omnisapiens_jax.atlas.sources import Source
 from omnisapiens_jax.atlas.workers import DEADLINE, MEMORY, open_decoder
-from omnisapiens_jax.processing.example import Batch, Bucket, Example, collate
+from omnisapiens_jax.processing.example import Batch, Bucket, Example, collate, collate_packed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,14 +64,13 @@ class Pipeline:
         self.faults = FaultLog() if faults is None else faults
         self.faults_of_step: list[SampleError] = []
         self._config = config
-        index = planner.index
-        excess = {int(i): int(e) for i, e in zip(index.ids, index.excess, strict=True) if e}
-        self._load = _Load(source, recipe, excess, config)
+        self._load = _Load(source, recipe, planner.index, config)
 
     def batches(self, start: int, stop: int) -> Iterator[tuple[int, Batch]]:
         """(step, batch) for global steps `start` to `stop - 1`.
 
-        A batch is what `collate` gives, for this host's slots, and `index` `[B]` int64: the sample of every slot, -1 where it is masked.
+        A batch is what `collate` gives, for this host's rows, and `index` `[B]` int64: the sample of every row, -1 where it is masked.
+        Of a packed plan it is what `collate_packed` gives, and `index` `[B, S]`: sample s of a row has the number s + 1 in `segment_ids`.
 
         Raises:
             SampleError: for the first unusable row, with `on_error="raise"`.
@@ -79,8 +78,8 @@ class Pipeline:
         if stop <= start:
             return
         dataset = grain.MapDataset.source(_Steps(self.planner, self.host, start, stop)).map(self._load)
-        # With workers, one batch is put together while the samples of the next are decoded.
-        threads = min(self._config.workers, 2) or self._config.threads
+        # Workers are kept busy from within a batch, so that a second batch at the same time would only cost memory.
+        threads = min(self._config.workers, 1) or self._config.threads
         options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=self._config.ahead if threads else 0)
         loaded = dataset.to_iter_dataset(options)
         for step, (batch, faults) in enumerate(loaded, start=start):
@@ -96,7 +95,8 @@ class Pipeline:
 
     def blank(self, bucket: Bucket) -> Batch:
         """A batch of that shape with every slot masked: one for each of `planner.buckets` compiles all that a run will need."""
-        return self._load.blank(self.planner.config.batch_size // self.planner.config.hosts, bucket)
+        shape = self.planner.epoch(0).ids.shape[2:]
+        return self._load.blank(shape, bucket)
 
 
 class _Steps:
@@ -110,14 +110,14 @@ class _Steps:
 
     def __getitem__(self, index: int) -> Step:
         step = self._planner[self._start + index]
-        return Step(step.bucket, step.ids[self._host])
+        return Step(step.bucket, step.ids[self._host], step.withheld[self._host])
 
 
 class _Load:
-    """A step `[slots]` -> (batch, faults): the slots of rows that cannot be used are masked."""
+    """A step of one host -> (batch, faults): the places of samples that cannot be used are masked."""
 
-    def __init__(self, source: Source, recipe: Recipe, excess: dict[int, int], config: PipelineConfig) -> None:
-        self._model, self._excess = recipe.config, excess
+    def __init__(self, source: Source, recipe: Recipe, index: Index, config: PipelineConfig) -> None:
+        self._model, self._index = recipe.config, index
         self._decoder = open_decoder(
             source, recipe, zero=config.on_error == "zero", workers=config.workers, deadline=config.deadline, memory=config.memory
         )
@@ -125,29 +125,37 @@ class _Load:
         self._cache = _Cache(config.cache_bytes)
 
     def __call__(self, step: Step) -> tuple[Batch, list[SampleError]]:
-        ids = step.ids.tolist()
-        slots = [*(self._pool.map if self._pool else map)(lambda i: self._slot(i, step.bucket), ids)]
-        return self._collate([example for example, _ in slots], step), [fault for _, faults in slots for fault in faults]
+        ids, withheld = step.ids.ravel().tolist(), step.withheld.ravel().tolist()
+        places = [*(self._pool.map if self._pool else map)(self._place, ids, withheld)]
+        return self._collate([example for example, _ in places], step), [fault for _, faults in places for fault in faults]
 
-    def blank(self, slots: int, bucket: Bucket) -> Batch:
-        return self._collate([None] * slots, Step(bucket, np.full(slots, MASKED)))
+    def blank(self, shape: tuple[int, ...], bucket: Bucket) -> Batch:
+        step = Step(bucket, np.full(shape, MASKED), np.zeros(shape, np.uint8))
+        return self._collate([None] * step.ids.size, step)
 
     def _collate(self, examples: list[Example | None], step: Step) -> Batch:
-        batch = collate(examples, step.bucket, self._model)
+        if step.ids.ndim == 1:
+            batch = collate(examples, step.bucket, self._model)
+        else:
+            segments = step.ids.shape[1]
+            rows = [examples[first : first + segments] for first in range(0, len(examples), segments)]
+            batch = collate_packed(rows, step.bucket, self._model)
         return {**batch, "index": np.where(batch["row_mask"], step.ids, MASKED)}
 
-    def _slot(self, i: int, bucket: Bucket) -> tuple[Example | None, list[SampleError]]:
+    def _place(self, i: int, withheld: int) -> tuple[Example | None, list[SampleError]]:
         if i == MASKED:
             return None, []
         try:
-            return self._example(i, bucket)
+            example, faults = self._example(i)
         except SampleError as fault:
             return None, [fault]
+        return example.without(audio=bool(withheld & NO_AUDIO), video=bool(withheld & NO_VIDEO)) if withheld else example, faults
 
-    def _example(self, i: int, bucket: Bucket) -> tuple[Example, list[SampleError]]:
+    def _example(self, i: int) -> tuple[Example, list[SampleError]]:
         if (example := self._cache.get(i)) is not None:
             return example, []
-        example, replaced = self._decoder.build(i, self._excess.get(i, 0), bucket)
+        place = np.searchsorted(self._index.ids, i)
+        example, replaced = self._decoder.build(i, int(self._index.excess[place]), Bucket(*self._index.sizes[place].tolist()))
         if not replaced:  # else it is counted again when it comes round
             self._cache.put(i, example)
         return example, replaced

@@ -33,6 +33,8 @@ from omnisapiens_jax.atlas.schema import Sample, SampleError
 from omnisapiens_jax.atlas.sources import Source
 from omnisapiens_jax.processing.example import Bucket, Example
 
+Kinds = tuple[str, str, str]  # signature, dataset, task
+
 DEADLINE = 60.0  # seconds
 MEMORY = 2**32  # bytes
 
@@ -54,8 +56,8 @@ class Decoder:
     recipe: Recipe
     zero: bool = False
 
-    def measure(self, row: int, told: Callable[[Sample], None] | None = None) -> tuple[str, Bucket, int, list[SampleError]]:
-        """Signature, size and excess tokens of a row (see `Recipe.measure`), and the faults of the media that were replaced.
+    def measure(self, row: int, told: Callable[[Sample], None] | None = None) -> tuple[Kinds, Bucket, int, list[SampleError]]:
+        """(Signature, dataset, task), size and excess tokens of a row, as `Recipe.measure`, and the faults of media that were replaced.
 
         `told` is called with the sample before any medium is opened.
 
@@ -64,20 +66,20 @@ class Decoder:
         """
         sample, replaced = self._read(row, told), [] if self.zero else None
         size, excess = _within_memory(sample, lambda: self.recipe.measure(sample, replaced))
-        return sample.modality_signature, size, excess, replaced or []
+        return (sample.modality_signature, sample.dataset, sample.task), size, excess, replaced or []
 
     def build(
-        self, row: int, excess: int = 0, bucket: Bucket | None = None, told: Callable[[Sample], None] | None = None
+        self, row: int, excess: int = 0, planned: Bucket | None = None, told: Callable[[Sample], None] | None = None
     ) -> tuple[Example, list[SampleError]]:
         """The example of a row that `measure` found `excess` tokens too long, and the faults of the media that were replaced.
 
         Raises:
-            SampleError: the row cannot be used, or is larger than the `bucket` that was planned for it.
+            SampleError: the row cannot be used, or is larger than the `planned` size.
         """
         sample, replaced = self._read(row, told), [] if self.zero else None
         example = _within_memory(sample, lambda: self.recipe.build(sample, excess, replaced))
-        if bucket is not None and not bucket.holds(example.size()):
-            reason = f"now gives {example.size()}, more than its bucket {bucket}: the file changed since it was measured"
+        if planned is not None and not planned.holds(example.size()):
+            reason = f"now gives {example.size()}, not the {planned} planned with: the file changed since it was measured"
             raise sample.error(f"{reason}; delete the length cache", kind="media", field="media")
         return example, replaced or []
 
@@ -98,13 +100,13 @@ class IsolatedDecoder:
     def __init__(self, decoder: Decoder, pool: WorkerPool) -> None:
         self._pool, self._payload = pool, pickle.dumps(decoder)
 
-    def measure(self, row: int) -> tuple[str, Bucket, int, list[SampleError]]:
+    def measure(self, row: int) -> tuple[Kinds, Bucket, int, list[SampleError]]:
         """See `Decoder.measure`."""
         return self._pool.run(self._payload, "measure", row)
 
-    def build(self, row: int, excess: int = 0, bucket: Bucket | None = None) -> tuple[Example, list[SampleError]]:
+    def build(self, row: int, excess: int = 0, planned: Bucket | None = None) -> tuple[Example, list[SampleError]]:
         """See `Decoder.build`. The arrays lie in memory that the worker filled: nothing is copied on the way."""
-        return self._pool.run(self._payload, "build", row, excess, bucket)
+        return self._pool.run(self._payload, "build", row, excess, planned)
 
 
 def open_decoder(
@@ -218,7 +220,7 @@ class _Worker:
             number = self._known.setdefault(decoder, len(self._known))
             until = time.monotonic() + self._deadline
             try:
-                _send(self._connection, (number, new, task, row, arguments), self._deadline)
+                send(self._connection, (number, new, task, row, arguments), self._deadline)
             except OSError:
                 raise self._obituary() from None
             while True:
@@ -251,7 +253,7 @@ class _Worker:
         ours, theirs = socket.socketpair()
         call = f"from omnisapiens_jax.atlas.workers import _serve; _serve({theirs.fileno()}, {self._memory}, {os.getpid()})"
         # Rows are what is worked on in parallel. Arrow's own allocator takes a gigabyte at once, which the bound would count.
-        changed = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS"), "1")
+        changed: dict[str, str] = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS"), "1")
         changed["ARROW_DEFAULT_MEMORY_POOL"] = "system"
         with theirs:
             self._process = subprocess.Popen(
@@ -276,7 +278,7 @@ class _Worker:
 
         _waiting(look, TimeoutError)
         try:
-            message = _receive(self._connection)
+            message = receive(self._connection)
         except OSError:
             message = None
         if message is None:
@@ -302,11 +304,11 @@ class _Worker:
             self._socket.close()
 
 
-# Between the two sides: a header, a pickle, and the arrays in a memory file whose descriptor goes with the header.
 _HEADER = struct.Struct("!QQ")  # bytes of the pickle, arrays
 
 
-def _send(connection: socket.socket, message: Any, timeout: float | None = None) -> None:
+def send(connection: socket.socket, message: Any, timeout: float | None = None) -> None:
+    """Sends what `receive` gets at the other end: a header, a pickle, and large arrays in a memory file that goes with the header."""
     buffers: list[memoryview] = []
 
     def keep(buffer: pickle.PickleBuffer) -> None:
@@ -342,8 +344,8 @@ def _write(file: int, data: memoryview) -> None:
         data = data[os.write(file, data) :]
 
 
-def _receive(connection: socket.socket) -> Any:
-    """The next message, or None at the end."""
+def receive(connection: socket.socket) -> Any:
+    """The next message, or None at the end. Its arrays lie in the memory that the sender filled."""
     header, files, _, _ = socket.recv_fds(connection, _HEADER.size, 1)
     if not header:
         return None
@@ -380,21 +382,21 @@ def _serve(file: int, memory: int, parent: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is the run's to handle
     _end_with(parent)
     connection, decoders = socket.socket(fileno=file), {}
-    _send(connection, ("ready", None))
-    while (request := _receive(connection)) is not None:
+    send(connection, ("ready", None))
+    while (request := receive(connection)) is not None:
         number, new, task, row, arguments = request
         try:
             if new is not None:
                 decoders[number] = pickle.loads(new)
                 _bound(memory)
-            tell = lambda sample: _send(connection, ("sample", (sample.file, sample.dataset)))  # noqa: E731
+            tell = lambda sample: send(connection, ("sample", (sample.file, sample.dataset)))  # noqa: E731
             answer = "answer", getattr(decoders[number], task)(row, *arguments, told=tell)
         except SampleError as fault:
             answer = "fault", fault
         except Exception as error:  # a mistake of ours, not of the row's: the run must stop with it
             error.add_note(f"In a worker process, at row {row}:\n{traceback.format_exc()}")
             answer = "error", error
-        _send(connection, answer)
+        send(connection, answer)
         del answer
 
 

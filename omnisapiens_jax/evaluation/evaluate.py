@@ -14,11 +14,11 @@ from jax.sharding import Mesh
 from omnisapiens_jax.atlas.sources import Source
 from omnisapiens_jax.generation.sampling import Generator, rollout_keys
 from omnisapiens_jax.parallel.mesh import all_rows, put_batch
+from omnisapiens_jax.processing.audio import SILENCE
 from omnisapiens_jax.processing.example import Batch
 from omnisapiens_jax.processing.tokenizers import Tokenizer
 from omnisapiens_jax.rl.rewards import RewardConfig, extract_prediction
 
-SILENCE = -1.5  # log-mel of digital silence
 MODALITIES = ("text", "audio", "video")  # those that can be blanked
 
 

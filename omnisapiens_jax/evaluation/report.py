@@ -2,34 +2,31 @@
 
 from __future__ import annotations
 
-import base64
 import dataclasses
-import io
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-import av
-import av.error
 import jinja2
 import numpy as np
 from markupsafe import Markup
 
 from omnisapiens_jax.atlas.labels import HBA, LabelScheme
-from omnisapiens_jax.atlas.schema import Media, Sample
+from omnisapiens_jax.atlas.schema import Sample
 from omnisapiens_jax.atlas.sources import Source
-from omnisapiens_jax.evaluation.charts import Line, line_chart, smoothed
 from omnisapiens_jax.evaluation.evaluate import MODALITIES, Answer, accuracy, load_answers
 from omnisapiens_jax.evaluation.metrics import Difference, confusion_matrix, dataset_metrics, paired_bootstrap
+from omnisapiens_jax.pages.charts import Line, line_chart, smoothed
+from omnisapiens_jax.pages.embedded import embedded
+from omnisapiens_jax.pages.templates import templates
 from omnisapiens_jax.rl.replay import Rollout, load_rollout
 from omnisapiens_jax.rl.rewards import RewardConfig, extract_prediction
 
 Item = TypeVar("Item")
 Curves = Mapping[str, Sequence[Mapping[str, float]]]  # stage -> lines of its metrics.jsonl
 
-LARGEST_MEDIUM = 2**20  # bytes; what is larger is named, not embedded
 SHOWN = 6  # samples of a gallery
 
 _CHARTS = (
@@ -40,16 +37,6 @@ _CHARTS = (
     ("response_length", "Response length", "tokens, the end token included", None),
     ("entropy", "Entropy", "of the policy, nats a token, from what it sampled", None),
     ("groups_without_signal", "Groups without signal", "share of prompts whose responses all earned the same", (0.0, 1.0)),
-)
-_MAGIC = (
-    (b"RIFF", 0, "audio/wav"),
-    (b"fLaC", 0, "audio/flac"),
-    (b"OggS", 0, "audio/ogg"),
-    (b"ID3", 0, "audio/mpeg"),
-    (b"ftyp", 4, "video/mp4"),
-    (b"\x1a\x45\xdf\xa3", 0, "video/webm"),
-    (b"\x89PNG", 0, "image/png"),
-    (b"\xff\xd8\xff", 0, "image/jpeg"),
 )
 
 
@@ -112,8 +99,7 @@ def _common(before: list[Answer], after: list[Answer]) -> tuple[list[Answer], li
 
 
 def _environment() -> jinja2.Environment:
-    loader = jinja2.FileSystemLoader(Path(__file__).parent)
-    environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment = templates(Path(__file__).parent)
     environment.filters["percent"] = lambda share: f"{100 * share:.1f}"
     environment.filters["points"] = lambda share: f"{100 * share:+.1f}".replace("-", "\N{MINUS SIGN}")
     environment.filters["signed"] = lambda number: f"{number:+.2f}".replace("-", "\N{MINUS SIGN}")
@@ -253,33 +239,5 @@ def _varied(items: Sequence[Item], kinds: Iterable[str]) -> list[Item]:
 
 
 def _shown(sample: Sample) -> dict[str, Any]:
-    media = [_medium(item) for item in (*sample.videos, *sample.images, *sample.audios)]
+    media = [embedded(item) for item in (*sample.videos, *sample.images, *sample.audios)]
     return {**dataclasses.asdict(dataclasses.replace(sample, videos=(), images=(), audios=())), "media": media}
-
-
-def _medium(item: Media) -> dict[str, str]:
-    """A file as a data URL and the element that plays it, or a note why it is not here."""
-    if isinstance(item, Path) and not item.exists():
-        return {"note": f"{item.name} is missing"}
-    data = item if isinstance(item, bytes) else item.read_bytes()
-    kind = next((kind for magic, place, kind in _MAGIC if data[place : place + len(magic)] == magic), None)
-    if kind is None or len(data) > LARGEST_MEDIUM:
-        name = item.name if isinstance(item, Path) else "a medium"
-        return {"note": f"{name} is not embedded: " + ("an unknown kind of file" if kind is None else f"{len(data) / 2**20:.1f} MiB")}
-    element = kind.split("/")[0]
-    return {"element": element, "url": _url(kind, data), "poster": _poster(data) if element == "video" else ""}
-
-
-def _poster(video: bytes) -> str:
-    """The first picture of a video, for a page with more of them than a browser prepares; "" if there is none."""
-    picture = io.BytesIO()
-    try:
-        with av.open(io.BytesIO(video), "r") as container:
-            next(container.decode(video=0)).to_image().save(picture, "JPEG")
-    except (av.error.FFmpegError, IndexError, StopIteration):
-        return ""
-    return _url("image/jpeg", picture.getvalue())
-
-
-def _url(kind: str, data: bytes) -> str:
-    return f"data:{kind};base64,{base64.b64encode(data).decode()}"

@@ -99,7 +99,13 @@ class Generator:
         return self._view(params) if self._unroll else params
 
     def __call__(self, view: nnx.State, batch: Batch, keys: jax.Array) -> Responses[jax.Array]:
-        """Responses to a batch of prompts; `view` from `view()`, `keys [G, n]` from `rollout_keys`."""
+        """Responses to a batch of prompts; `view` from `view()`, `keys [G, n]` from `rollout_keys`.
+
+        Raises:
+          ValueError: the rows are packed.
+        """
+        if batch["prompt_length"].ndim != 1:
+            raise ValueError("packed rows cannot be continued: a response follows one prompt a row; plan them homogeneous or mixed")
         state = self._prefill(view, batch, keys)
         for _ in range(0, self.sampling.max_tokens, self.sampling.chunk):
             state, finished = self._decode(view, state)

@@ -16,6 +16,7 @@ SAMPLE_RATE = 16_000
 HOP = 160
 WINDOW = 400
 MAX_SAMPLES = 300 * SAMPLE_RATE
+SILENCE = -1.5  # log-mel of digital silence
 
 
 @dataclasses.dataclass(frozen=True)

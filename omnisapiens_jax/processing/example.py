@@ -10,7 +10,7 @@ import numpy as np
 
 from omnisapiens_jax.models.config import ThinkerConfig
 from omnisapiens_jax.processing import chat, media
-from omnisapiens_jax.processing.audio import SAMPLE_RATE, audio_token_count, layout_audio, log_mel, mel_frames
+from omnisapiens_jax.processing.audio import SAMPLE_RATE, SILENCE, audio_token_count, layout_audio, log_mel, mel_frames
 from omnisapiens_jax.processing.media import MediaError, Source
 from omnisapiens_jax.processing.options import ProcessingConfig
 from omnisapiens_jax.processing.positions import Grid, interleave, rope_positions
@@ -18,9 +18,11 @@ from omnisapiens_jax.processing.tokenizers import Tokenizer
 from omnisapiens_jax.processing.vision import black_patches, grid_of, layout_vision, patchify, window_slots
 
 IGNORED = -100  # label of a token that is not trained
-SILENCE = SAMPLE_RATE // 2  # samples that stand in for a clip that cannot be decoded
-BLACK = 224  # height and width of the pictures that stand in for one
+STAND_IN_SAMPLES = SAMPLE_RATE // 2  # of silence, for a clip that cannot be decoded
+STAND_IN_SIDE = 224  # pixels of a black picture, for one that cannot
 TEXT, AUDIO, VISION = 0, 1, 2  # kinds in Example.media
+
+PER_SAMPLE = ("prompt_length", "rope_delta", "row_mask")  # what a batch says of samples, not of tokens or media
 
 Batch = dict[str, np.ndarray]
 _T = TypeVar("_T")
@@ -28,7 +30,10 @@ _T = TypeVar("_T")
 
 @dataclasses.dataclass(frozen=True)
 class Bucket:
-    """A fixed shape of one row. Media axes of size 0 mean that the batch carries no such media and the tower is skipped."""
+    """A fixed shape of one row. Media axes of size 0 mean that the batch carries no such media and the tower is skipped.
+
+    Samples that share a row add up their tokens, audio, frames and segments; `windows` and `window_patches` are those of its largest frame.
+    """
 
     tokens: int
     audio_chunks: int = 0
@@ -36,6 +41,7 @@ class Bucket:
     frames: int = 0
     windows: int = 0
     window_patches: int = 0
+    segments: int = 1  # samples that share the row
 
     def holds(self, other: Bucket) -> bool:
         """Whether a row of size `other` fits."""
@@ -46,9 +52,19 @@ class Bucket:
         return [f"{name} {getattr(other, name)} > {getattr(self, name)}" for name in fields if getattr(other, name) > getattr(self, name)]
 
     @classmethod
+    def together(cls, sizes: Iterable[Bucket]) -> Bucket:
+        """The smallest bucket that holds all of `sizes` in one row."""
+        columns = np.array([dataclasses.astuple(size) for size in sizes], np.int64).reshape(-1, len(dataclasses.fields(cls)))
+        return cls(*np.where(ADDED, columns.sum(0), columns.max(0, initial=0)).tolist())
+
+    @classmethod
     def covering(cls, sizes: Iterable[Bucket]) -> Bucket:
         """The smallest bucket that holds every one of `sizes` (at least one)."""
         return cls(*(max(column) for column in zip(*map(dataclasses.astuple, sizes), strict=True)))
+
+
+# Which fields of a bucket add up over the samples that share a row.
+ADDED = np.array([field.name not in ("windows", "window_patches") for field in dataclasses.fields(Bucket)])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +88,11 @@ class Example:
     def size(self) -> Bucket:
         """The smallest bucket that holds this row."""
         return Bucket(len(self.tokens), len(self.audio_chunks), len(self.audio_pairs), *self.patch_mask.shape)
+
+    def without(self, *, audio: bool, video: bool) -> Example:
+        """This row with sound turned to silence, or pictures to even grey (0 after normalisation); their places and its size stay."""
+        chunks = np.full_like(self.audio_chunks, SILENCE) if audio else self.audio_chunks
+        return dataclasses.replace(self, audio_chunks=chunks, patches=np.zeros_like(self.patches) if video else self.patches)
 
 
 def build_example(
@@ -171,12 +192,23 @@ def measure(
 
 
 def collate(examples: Sequence[Example | None], bucket: Bucket, config: ThinkerConfig) -> Batch:
-    """A batch of `bucket`'s shape, one slot an example; None leaves its slot masked. Padding is on the right.
+    """A batch of `bucket`'s shape, one row an example; None leaves its row masked. Padding is on the right.
 
     `media_index` `[B, T]` is -1 for a token's own embedding, else the place of its embedding in the row's list
     `[audio tokens | frames * windows * cells]`. Raises ValueError for an example that does not fit.
     """
-    count, (t, a, na, f, w, p) = len(examples), dataclasses.astuple(bucket)
+    batch = collate_packed([[example] for example in examples], dataclasses.replace(bucket, segments=1), config)
+    return {name: array[:, 0] if name in PER_SAMPLE else array for name, array in batch.items()}
+
+
+def collate_packed(rows: Sequence[Sequence[Example | None]], bucket: Bucket, config: ThinkerConfig) -> Batch:
+    """As `collate`, with up to S = `bucket.segments` examples in each row, one after the other.
+
+    Example s of a row has the number s + 1 in `segment_ids` `[B, T]`, and its own positions, from 0; the media of a row lie behind each
+    other as its examples do. `prompt_length`, `rope_delta` and `row_mask` are `[B, S]`; None leaves a place in them unused. Raises
+    ValueError for a row that does not fit.
+    """
+    count, (t, a, na, f, w, p, s) = len(rows), dataclasses.astuple(bucket)
     vision, audio = config.vision, config.audio
     if p % vision.cell_patches:
         raise ValueError(f"window_patches {p} is not a multiple of the {vision.cell_patches} patches of a cell")
@@ -185,8 +217,8 @@ def collate(examples: Sequence[Example | None], bucket: Bucket, config: ThinkerC
         "labels": np.full((count, t), IGNORED, np.int32),
         "segment_ids": np.zeros((count, t), np.int32),
         "positions": np.zeros((count, 3, t), np.int32),
-        "prompt_length": np.zeros(count, np.int32),
-        "rope_delta": np.zeros(count, np.int32),
+        "prompt_length": np.zeros((count, s), np.int32),
+        "rope_delta": np.zeros((count, s), np.int32),
         "media_index": np.full((count, t), -1, np.int32),
         "audio_chunks": np.zeros((count, a, audio.chunk_frames, audio.num_mel_bins), np.float32),
         "audio_frames": np.zeros((count, a), np.int32),
@@ -194,23 +226,33 @@ def collate(examples: Sequence[Example | None], bucket: Bucket, config: ThinkerC
         "patches": np.zeros((count, f, w, p, vision.patch_dim), np.float32),
         "patch_mask": np.zeros((count, f, w, p), bool),
         "patch_coords": np.zeros((count, f, w, p, 2), np.int32),
-        "row_mask": np.array([example is not None for example in examples], bool),
+        "row_mask": np.zeros((count, s), bool),
     }
-    for row, example in enumerate(examples):
-        if example is None:
-            continue
-        if problems := bucket._too_small_for(example.size()):
-            raise ValueError(f"slot {row} does not fit its bucket: {', '.join(problems)}. Shorten the sample or plan a larger bucket")
-        for field in ("tokens", "labels", "audio_chunks", "audio_frames", "audio_pairs", "patches", "patch_mask", "patch_coords"):
-            value = getattr(example, field)
-            batch[field][(row, *map(slice, value.shape))] = value
-        length = len(example.tokens)
-        batch["segment_ids"][row, :length] = 1
-        batch["positions"][row, :, :length] = example.positions
-        batch["prompt_length"][row], batch["rope_delta"][row] = example.prompt_length, example.rope_delta
-        slot = example.media_slot
-        seen = na + (slot[:, 0] * w + slot[:, 1]) * (p // vision.cell_patches) + slot[:, 2]
-        batch["media_index"][row, :length] = np.select([example.media == AUDIO, example.media == VISION], [slot[:, 0], seen], -1)
+    for row, examples in enumerate(rows):
+        size = Bucket.together(example.size() for example in examples if example is not None)
+        if problems := bucket._too_small_for(size):
+            raise ValueError(f"row {row} does not fit its bucket: {', '.join(problems)}. Shorten the sample or plan a larger bucket")
+        token, chunk, sound, frame = 0, 0, 0, 0  # where the next example begins on each axis
+        for segment, example in enumerate(examples):
+            if example is None:
+                continue
+            length, (frames, windows, patches) = len(example.tokens), example.patch_mask.shape
+            own = slice(token, token + length)
+            batch["tokens"][row, own], batch["labels"][row, own] = example.tokens, example.labels
+            batch["segment_ids"][row, own] = segment + 1
+            batch["positions"][row, :, own] = example.positions
+            batch["prompt_length"][row, segment], batch["rope_delta"][row, segment] = example.prompt_length, example.rope_delta
+            batch["row_mask"][row, segment] = True
+            slot = example.media_slot
+            seen = na + ((frame + slot[:, 0]) * w + slot[:, 1]) * (p // vision.cell_patches) + slot[:, 2]
+            batch["media_index"][row, own] = np.select([example.media == AUDIO, example.media == VISION], [sound + slot[:, 0], seen], -1)
+            chunks = slice(chunk, chunk + len(example.audio_chunks))
+            batch["audio_chunks"][row, chunks], batch["audio_frames"][row, chunks] = example.audio_chunks, example.audio_frames
+            batch["audio_pairs"][row, sound : sound + len(example.audio_pairs)] = example.audio_pairs + chunk * audio.chunk_tokens
+            for field in ("patches", "patch_mask", "patch_coords"):
+                batch[field][row, frame : frame + frames, :windows, :patches] = getattr(example, field)
+            token, chunk, frame = own.stop, chunks.stop, frame + frames
+            sound += len(example.audio_pairs)
     return batch
 
 
@@ -244,7 +286,7 @@ class _Reader:
         try:
             waveform = media.decode_audio(source, seconds=self.options.audio_seconds, name=name)
         except MediaError as reason:
-            waveform = np.zeros(self._stand_in(reason, SILENCE), np.float32)
+            waveform = np.zeros(self._stand_in(reason, STAND_IN_SAMPLES), np.float32)
         if self.decode:
             self.mels.append(log_mel(waveform, self.config.audio.num_mel_bins))
         self.mel_frames.append(mel_frames(len(waveform)))
@@ -267,6 +309,17 @@ class _Reader:
                 grid = self._stand_in(reason, self._default_grid(kind))
         self.grids.append(grid)
         return grid
+
+    def seconds_per_grid(self, source: Source, name: str) -> float:
+        """What a grid step of a video lasts, as the model is told; of one that something stands in for, what the options say."""
+        options, frames = self.options, self.config.vision.temporal_patch_size
+        try:
+            spacing = media.frame_spacing(source, frames=options.video_frames, name=name) if options.real_timing else None
+        except MediaError:
+            if self.replaced is None:
+                raise
+            spacing = None
+        return frames * spacing if spacing else frames / options.fps
 
     def _stand_in(self, reason: MediaError, value: _T) -> _T:
         if self.replaced is None:
@@ -295,7 +348,7 @@ class _Reader:
 
     def _default_grid(self, kind: str) -> Grid:
         frames = 1 if kind == "image" else self.options.video_frames
-        return grid_of(frames, BLACK, BLACK, self.config.vision, **self._bounds(kind))
+        return grid_of(frames, STAND_IN_SIDE, STAND_IN_SIDE, self.config.vision, **self._bounds(kind))
 
     def _bounds(self, kind: str) -> dict[str, int]:
         options = self.options
@@ -342,6 +395,7 @@ def _build_prompt(
         raise ValueError(f"{name}: the text itself holds {len(places) - len(order)} literal placeholder token(s) without media")
 
     audio_tokens: list[int] = []
+    seconds: list[float] = []  # that a grid step of each video lasts
     grids: dict[str, list[Grid]] = {"image": [], "video": []}
     pieces: list[np.ndarray] = []
     following = 0
@@ -358,9 +412,11 @@ def _build_prompt(
             grid = reader.picture(kind, source, what)
             grids[kind].append(grid)
             span = np.full(_cells(grid, config), ids.image if kind == "image" else ids.video, np.int32)
+            if kind == "video":
+                seconds.append(reader.seconds_per_grid(source, what))
             if kind == "video" and with_sound:
                 audio_tokens.append(reader.audio(source, f"{what}, sound track"))
-                span = _video_with_sound(grid, audio_tokens[-1], config, _seconds_per_grid(config, options))
+                span = _video_with_sound(grid, audio_tokens[-1], config, seconds[-1])
         pieces.append(span)
         following = place + 1
     tokens = np.concatenate([*pieces, text[following:]])
@@ -370,14 +426,10 @@ def _build_prompt(
         audio_tokens=audio_tokens,
         image_grids=grids["image"],
         video_grids=grids["video"],
-        seconds_per_grid=[_seconds_per_grid(config, options)] * len(grids["video"]),
+        seconds_per_grid=seconds,
         use_audio_in_video=with_sound,
     )
     return _Prompt(tokens, positions)
-
-
-def _seconds_per_grid(config: ThinkerConfig, options: ProcessingConfig) -> float:
-    return config.vision.temporal_patch_size / options.fps
 
 
 def _cells(grid: Grid, config: ThinkerConfig) -> int:

@@ -10,6 +10,7 @@ import av.error
 import numpy as np
 import soundfile
 import soxr
+from av.container import InputContainer
 from av.video.frame import PictureType
 from av.video.reformatter import VideoReformatter
 from PIL import Image
@@ -92,6 +93,24 @@ def decode_video(source: Source, *, frames: int, name: str = "video") -> np.ndar
     return np.stack([kept[index] for index in wanted])
 
 
+def frame_spacing(source: Source, *, frames: int, name: str = "video") -> float | None:
+    """Seconds between the frames that `decode_video` gives, on average; None for a still, or where the container has no times.
+
+    Raises MediaError as `decode_video` does, but nothing is decoded.
+    """
+    name, raw = _open(source, name)
+    try:
+        with av.open(raw, "r") as container:
+            stream, packets = _read_packets(container, name)
+            times = sorted(packet.pts for packet in packets if packet.pts is not None and not packet.is_discard)
+            base = stream.time_base
+    except av.error.FFmpegError as reason:
+        raise MediaError(name, f"corrupt or truncated video ({reason})") from reason
+    if len(times) < 2 or frames < 2 or base is None:
+        return None
+    return float((times[-1] - times[0]) * base) / (len(frame_indices(len(times), frames)) - 1)
+
+
 def decode_image(source: Source, *, name: str = "image") -> np.ndarray:
     """A picture as RGB `[1, H, W, 3]` uint8. Raises MediaError when it is missing, empty or undecodable."""
     name, raw = _open(source, name)
@@ -129,7 +148,7 @@ def frame_indices(total: int, frames: int) -> list[int]:
     return [int(i) for i in np.round(np.linspace(0, total - 1, min(frames, total)))]
 
 
-def _read_packets(container: av.container.InputContainer, name: str) -> tuple[av.VideoStream, list[av.Packet]]:
+def _read_packets(container: InputContainer, name: str) -> tuple[av.VideoStream, list[av.Packet]]:
     """The video stream and its coded pictures in decoding order; those with `is_discard` are only there for others to refer to.
 
     They are counted because headers may be silent, and a file that was cut off still promises them all.
@@ -140,8 +159,10 @@ def _read_packets(container: av.container.InputContainer, name: str) -> tuple[av
     if stream.codec_context is None:
         raise MediaError(name, "its video has a codec that is not known")
     packets = [packet for packet in container.demux(stream) if packet.size]
-    if len(packets) < stream.frames:
-        raise MediaError(name, f"truncated video (the header promises {stream.frames} frames, the file holds {len(packets)})")
+    # An edit list takes pictures out of the index of an MP4, not out of its count of frames.
+    promised = len(stream.index_entries) if "mp4" in container.format.name else stream.frames
+    if len(packets) < promised:
+        raise MediaError(name, f"truncated video (the header promises {promised} frames, the file holds {len(packets)})")
     if all(packet.is_discard for packet in packets):
         raise MediaError(name, "holds no video frames")
     return stream, packets
@@ -149,8 +170,11 @@ def _read_packets(container: av.container.InputContainer, name: str) -> tuple[av
 
 def _by_time(decoder: av.VideoCodecContext, packets: list[av.Packet], wanted: list[int]) -> dict[int, np.ndarray]:
     """RGB pictures by index, told by their times; too few if these do not tell them apart, or some cannot be decoded."""
-    place_of = {packet.pts: place for place, packet in enumerate(packets) if not packet.is_discard}
-    if None in place_of or len(place_of) < sum(not packet.is_discard for packet in packets):
+    times = [packet.pts for packet in packets if packet.pts is not None]
+    if len(times) < len(packets):
+        return {}
+    place_of = {time: place for place, time in enumerate(times) if not packets[place].is_discard}
+    if len(place_of) < sum(not packet.is_discard for packet in packets):
         return {}
     shown = sorted(place_of)
     index_of = {shown[index]: index for index in wanted}
@@ -167,12 +191,12 @@ def _by_time(decoder: av.VideoCodecContext, packets: list[av.Packet], wanted: li
     begin = 0
     for place in sorted(place_of[time] for time in index_of):
         # What is shown before a key frame that lies before it in the file may refer to what lies before that.
-        keys = (at for at in range(place, begin, -1) if packets[at].is_keyframe and packets[at].pts <= packets[place].pts)
+        keys = (at for at in range(place, begin, -1) if packets[at].is_keyframe and times[at] <= times[place])
         if (key := next(keys, begin)) > begin:
             feed(None)
             decoder.flush_buffers()
             begin = key
-            begun.add(packets[key].pts)
+            begun.add(times[key])
         for at in range(begin, place + 1):
             decoder.skip_frame = "DEFAULT" if at == place else "NONREF"
             feed(packets[at])

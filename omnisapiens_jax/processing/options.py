@@ -22,6 +22,7 @@ class ProcessingConfig:
     image_min_pixels: int = 65_536
     image_max_pixels: int = 524_288
     fps: float = 2.0  # what the model is told, whatever the clip's true rate: one grid step lasts temporal_patch_size / fps seconds
+    real_timing: bool = False  # tell it the clip's own time between the frames instead, so that positions follow the clock
     use_audio_in_video: bool = False  # take the sound track out of each video and interleave it with its frames
     modalities: tuple[str, ...] = MODALITIES  # tags of the others stay in the text as they are, their media are not read
     format_prompt: str = ""  # instruction appended to the problem, see chat.FORMAT_PROMPTS

@@ -13,7 +13,7 @@ import numpy as np
 
 from omnisapiens_jax import resources
 from omnisapiens_jax.atlas.ablation import WithoutTranscripts
-from omnisapiens_jax.atlas.bucketing import SlotCost, choose_buckets
+from omnisapiens_jax.atlas.bucketing import SlotCost, choose_buckets, choose_row
 from omnisapiens_jax.atlas.faults import quarantined_rows
 from omnisapiens_jax.atlas.lengths import length_index, shortened
 from omnisapiens_jax.atlas.pipeline import Pipeline, PipelineConfig
@@ -92,8 +92,9 @@ class Atlas:
         Args:
           name: its file in the atlas folder, or its name without the ending.
           batch_size: slots of a batch, all hosts together.
-          target: append the supervised target, or end at the assistant header.
-          shuffle: a new order every epoch, or the file's own.
+          target: append the supervised target, or end at the assistant header. Only rows with a target are packed, where the config says
+            so: a sampler takes one prompt a row, here in batches of one signature.
+          shuffle: a new order every epoch, as `config.atlas.training` says, or the file's own.
           rows: which samples take part (all).
           transcripts: False takes the words of every transcript out.
         """
@@ -121,8 +122,15 @@ class Atlas:
             console.print(f"{name}: the transcripts of {cut} of {len(index)} samples were shortened to fit {atlas.max_tokens} tokens")
         if rows is not None:
             index = index.subset(rows(index))
-        plan = PlanConfig(batch_size, hosts=jax.process_count(), seed=self._config.seed, mode=atlas.batches, shuffle=shuffle)
-        buckets = choose_buckets(index, plan, SlotCost.of(self._model), count=atlas.buckets)
+        mode = "homogeneous" if atlas.batches == "packed" and not target else atlas.batches
+        plan = PlanConfig(batch_size, hosts=jax.process_count(), seed=self._config.seed, mode=mode, shuffle=shuffle)
+        if shuffle:
+            plan = dataclasses.replace(plan, **atlas.training)
+        cost = SlotCost.of(self._model).raised(index.sizes)
+        if mode == "packed":
+            buckets = (choose_row(index, cost, tokens=atlas.max_tokens),)
+        else:
+            buckets = choose_buckets(index, plan, cost, count=atlas.buckets)
         how = PipelineConfig(atlas.on_error, cache_bytes=atlas.cache_bytes, **bounds)
         pipeline = Pipeline(source, recipe, Planner(index, buckets, plan), how, host=jax.process_index(), faults=faults)
         return Split(source, pipeline, zero=atlas.on_error == "zero")

@@ -17,7 +17,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from omnisapiens_jax.atlas.faults import Policy
-from omnisapiens_jax.atlas.plan import Index
+from omnisapiens_jax.atlas.plan import Index, Mode, PlanConfig
 from omnisapiens_jax.evaluation.evaluate import MODALITIES, Answer, accuracy, answer_all, blank, load_answers, save_answers
 from omnisapiens_jax.evaluation.report import write_report
 from omnisapiens_jax.generation.sampling import Generator, Sampling
@@ -181,6 +181,7 @@ def check(config: ml_collections.ConfigDict, mesh: Mesh) -> None:
         ("model.remat", config.model.remat, get_args(Remat)),
         ("processing.format_prompt", config.processing.format_prompt, FORMAT_PROMPTS),
         ("atlas.on_error", config.atlas.on_error, get_args(Policy)),
+        ("atlas.batches", config.atlas.batches, get_args(Mode)),
     ]
     counts = ["eval_batch", "atlas.buckets", "generation.chunk", "generation.max_tokens"]
     stages = [name for name in ("warm_start", "rl", "sft") if name in config]
@@ -208,7 +209,10 @@ def check(config: ml_collections.ConfigDict, mesh: Mesh) -> None:
                 f"config.{name} {rows} does not divide over the {updates} updates it is cut into and, in each, the {ways} ways of the mesh "
                 f"(data x fsdp) or the {parts} micro-batches: make it a multiple of {updates * math.lcm(ways, parts)}"
             )
+    PlanConfig(batch_size=1, **config.atlas.training)
     if "rl" in config:
+        if config.atlas.batches == "packed":
+            raise ValueError("config.atlas.batches packed is for sft: a sampler takes one prompt a row; choose homogeneous or mixed")
         PolicyLossConfig(**config.rl.loss)
         RewardConfig(**config.rl.reward)
         if config.rl.temperature <= 0:

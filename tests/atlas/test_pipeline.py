@@ -2,11 +2,12 @@
 
 import dataclasses
 import itertools
+from typing import Any
 
 import numpy as np
 import pytest
 
-from omnisapiens_jax.atlas.bucketing import SlotCost, choose_buckets
+from omnisapiens_jax.atlas.bucketing import SlotCost, choose_buckets, choose_row
 from omnisapiens_jax.atlas.lengths import length_index
 from omnisapiens_jax.atlas.pipeline import Pipeline, PipelineConfig
 from omnisapiens_jax.atlas.plan import MASKED, PlanConfig, Planner
@@ -21,12 +22,14 @@ def atlas(tmp_path_factory):
     return write_atlas(tmp_path_factory.mktemp("atlas"))
 
 
-def make(path, pipeline=PipelineConfig(), *, host=0, with_target=False, **plan):  # noqa: B008 - frozen
+def make(path, pipeline=PipelineConfig(), *, host=0, with_target=False, **plan: Any):  # noqa: B008 - frozen
     source, how = open_source(path), recipe(with_target=with_target)
     index, _ = length_index(source, how, on_error="raise")
     config = PlanConfig(**{"batch_size": 4, "seed": 5, **plan})
-    planner = Planner(index, choose_buckets(index, config, SlotCost.of(CONFIG), count=4), config)
-    return Pipeline(source, how, planner, pipeline, host=host)
+    cost = SlotCost.of(CONFIG)
+    packed = config.mode == "packed"
+    buckets = (choose_row(index, cost, tokens=300),) if packed else choose_buckets(index, config, cost, count=4)
+    return Pipeline(source, how, Planner(index, buckets, config), pipeline, host=host)
 
 
 def same(a, b):
@@ -50,11 +53,41 @@ def test_an_epoch_feeds_every_sample_with_its_own_media(atlas, mode):
     assert sorted(seen) == list(range(30)) and not pipeline.faults
 
 
-def test_a_run_resumes_at_any_step_with_the_identical_remainder(atlas):
-    whole = dict(make(atlas).batches(0, 25))  # more than two epochs
-    assert 2 * make(atlas).planner.steps_per_epoch < 25
-    for start in (1, 9, 20):
-        rest = dict(make(atlas).batches(start, 25))
+def test_an_epoch_of_packed_rows_feeds_every_sample_with_its_own_media(atlas):
+    pipeline = make(atlas, mode="packed", batch_size=2)
+    row, fed = pipeline.planner.buckets[0], []
+    for _, batch in pipeline.batches(0, pipeline.planner.steps_per_epoch):
+        assert batch["tokens"].shape == (2, row.tokens) and batch["index"].shape == (2, row.segments)
+        np.testing.assert_array_equal(batch["row_mask"], batch["index"] != MASKED)
+        for b, s in np.argwhere(batch["row_mask"]):
+            i, own = batch["index"][b, s], batch["media_index"][b][batch["segment_ids"][b] == s + 1]
+            assert ((own >= 0) & (own < row.audio_tokens)).any() == (i % 3 > 0) and (own >= row.audio_tokens).any() == (i % 3 == 2)
+            fed.append(i)
+        for media in batch["media_index"]:
+            assert len(set(media[media >= 0].tolist())) == (media >= 0).sum()  # no place is read by two
+        assert batch["segment_ids"].max() > 1
+    assert sorted(fed) == list(range(30))
+
+
+@pytest.mark.parametrize("mode", ["mixed", "packed"])
+def test_dropout_takes_the_content_and_nothing_else(atlas, mode):
+    whole, deaf, blind = (
+        dict(make(atlas, **{"mode": mode, "batch_size": 8, **odds}).batches(0, 2))
+        for odds in ({}, {"audio_dropout": 1.0}, {"video_dropout": 1.0})
+    )
+    for step, batch in whole.items():
+        for lost, field, left in ((deaf[step], "audio_chunks", -1.5), (blind[step], "patches", 0.0)):
+            there = {"audio_chunks": batch["audio_frames"] > 0, "patches": batch["patch_mask"]}[field]
+            assert there.any() and (lost[field][there] == left).all() and not (batch[field][there] == left).all()
+            same({**batch, field: there}, {**lost, field: there})
+
+
+@pytest.mark.parametrize("plan", [{}, {"mode": "packed", "batch_size": 1, "temperature": 2.0, "audio_dropout": 0.5}])
+def test_a_run_resumes_at_any_step_with_the_identical_remainder(atlas, plan):
+    whole = dict(make(atlas, **plan).batches(0, 25))  # more than two epochs
+    assert 2 * make(atlas, **plan).planner.steps_per_epoch < 25
+    for start in (1, 20):
+        rest = dict(make(atlas, **plan).batches(start, 25))
         assert list(rest) == list(range(start, 25))
         for step, batch in rest.items():
             same(batch, whole[step])
@@ -62,7 +95,8 @@ def test_a_run_resumes_at_any_step_with_the_identical_remainder(atlas):
 
 @pytest.mark.parametrize("how", [PipelineConfig(threads=0), PipelineConfig(threads=4, ahead=6), PipelineConfig(cache_bytes=2**28)])
 def test_threads_and_cache_change_nothing(atlas, how):
-    for (_, a), (_, b) in itertools.zip_longest(make(atlas).batches(0, 20), make(atlas, how).batches(0, 20)):
+    plan: dict[str, Any] = {"video_dropout": 0.5}
+    for (_, a), (_, b) in itertools.zip_longest(make(atlas, **plan).batches(0, 20), make(atlas, how, **plan).batches(0, 20)):
         same(a, b)
 
 
@@ -76,10 +110,10 @@ def test_a_fault_in_a_worker_process_is_the_same_error_and_stops_the_run(tmp_pat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("workers", [1, 2])
-def test_workers_change_nothing(atlas, workers):
-    several = make(atlas, PipelineConfig(workers=workers)).batches(3, 9)
-    for (k, a), (n, b) in itertools.zip_longest(make(atlas).batches(3, 9), several):
+@pytest.mark.parametrize(("workers", "plan"), [(1, {}), (2, {}), (2, {"mode": "packed", "batch_size": 1, "audio_dropout": 0.5})])
+def test_workers_change_nothing(atlas, workers, plan):
+    several = make(atlas, PipelineConfig(workers=workers), **plan).batches(3, 9)
+    for (k, a), (n, b) in itertools.zip_longest(make(atlas, **plan).batches(3, 9), several):
         assert k == n
         same(a, b)
 

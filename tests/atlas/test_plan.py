@@ -7,8 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from omnisapiens_jax.atlas.bucketing import SlotCost, choose_buckets, padding_share
-from omnisapiens_jax.atlas.plan import MASKED, Index, PlanConfig, Planner
+from omnisapiens_jax.atlas.bucketing import SlotCost, choose_buckets, choose_row, padding_share, planned
+from omnisapiens_jax.atlas.mixture import draw, shares
+from omnisapiens_jax.atlas.packing import pack
+from omnisapiens_jax.atlas.plan import MASKED, NO_AUDIO, NO_VIDEO, Index, PlanConfig, Planner
 from omnisapiens_jax.models.config import ThinkerConfig
 from omnisapiens_jax.processing.example import Bucket
 
@@ -20,7 +22,8 @@ def make_index(count: int, seed: int = 0) -> Index:
     """Samples like the benchmark's: text, audio of 0.5-10 s, video of three shapes; ids are not consecutive."""
     rng = np.random.default_rng(seed)
     signatures = rng.integers(3, size=count).astype(np.int32)
-    sizes = np.zeros((count, 6), np.int32)
+    sizes = np.zeros((count, 7), np.int32)
+    sizes[:, 6] = 1
     audio, video = signatures >= 1, signatures == 2
     frames = rng.integers(50, 1001, size=count)
     sizes[:, 1], sizes[:, 2] = np.where(audio, -(-frames // 200), 0), np.where(audio, frames // 4, 0)
@@ -28,40 +31,57 @@ def make_index(count: int, seed: int = 0) -> Index:
     sizes[:, 4] = np.array([12, 15, 24])[rng.integers(3, size=count)] * video
     sizes[:, 0] = rng.lognormal(5, 0.5, size=count) + 20 + sizes[:, 2] + 16 * sizes[:, 3] * sizes[:, 4]
     ids = np.sort(rng.choice(10 * count, count, replace=False)).astype(np.int64)
-    return Index(ids, signatures, NAMES, sizes, np.zeros(count, np.int32))
+    datasets = rng.choice(5, count, p=[0.5, 0.3, 0.1, 0.06, 0.04]).astype(np.int32)
+    return Index(ids, signatures, NAMES, sizes, np.zeros(count, np.int32), datasets, datasets // 2)
+
+
+def alike(signatures: np.ndarray, sizes: np.ndarray) -> Index:
+    """Samples of one dataset."""
+    zeros = np.zeros(len(sizes), np.int32)
+    return Index(np.arange(len(sizes)), signatures.astype(np.int32), NAMES[: signatures.max() + 1], sizes, zeros, zeros, zeros)
 
 
 def make_planner(index: Index, **config) -> Planner:
     plan = PlanConfig(**config)
-    return Planner(index, choose_buckets(index, plan, COST, count=4), plan)
+    return Planner(index, (small_row(index),) if plan.mode == "packed" else choose_buckets(index, plan, COST, count=4), plan)
+
+
+def small_row(index: Index) -> Bucket:
+    """A packed row of up to four samples: each of its budgets binds now and then."""
+    tokens, chunks, sounds, frames, windows, patches, _ = index.sizes.max(0).tolist()
+    return Bucket(2 * tokens, chunks + 3, sounds + 150, 2 * frames, windows, patches, 4)
 
 
 configs = st.fixed_dictionaries(
     {
-        "hosts": st.sampled_from([1, 2, 3]),
-        "batch_size": st.sampled_from([6, 12, 18]),
+        "hosts": st.sampled_from([1, 2, 4]),
+        "batch_size": st.sampled_from([4, 8, 12]),
         "seed": st.integers(0, 2**31),
-        "mode": st.sampled_from(["homogeneous", "mixed"]),
+        "mode": st.sampled_from(["homogeneous", "mixed", "packed"]),
         "shuffle": st.booleans(),
     }
 )
+# Epochs of a mixture hold some samples more than once.
+mixtures = configs.map(lambda config: {**config, "shuffle": True, "temperature": 3.0, "audio_dropout": 0.3})
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(configs, st.integers(1, 150), st.integers(0, 3))
 def test_every_sample_comes_once_an_epoch_and_fits_its_bucket(config, count, epoch):
     index = make_index(count, seed=count)
     plan = make_planner(index, **config).epoch(epoch)
-    assert plan.ids.shape == (len(plan), config["hosts"], config["batch_size"] // config["hosts"])
+    assert plan.ids.shape[:3] == (len(plan), config["hosts"], config["batch_size"] // config["hosts"])
     assert sorted(plan.ids[plan.ids != MASKED].tolist()) == index.ids.tolist()
-    rows = {int(i): row for row, i in enumerate(index.ids)}
+    sizes = dict(zip(index.ids.tolist(), index.sizes, strict=True))
     for k in range(len(plan)):
         step = plan[k]
-        for i in step.ids[step.ids != MASKED].tolist():
-            assert step.bucket.holds(Bucket(*index.sizes[rows[i]].tolist()))
+        for row in step.ids.reshape(config["batch_size"], -1).tolist():
+            held = np.array([sizes[i] for i in row if i != MASKED]).reshape(-1, 7)
+            added, largest = held.sum(0), held.max(0, initial=0)
+            assert step.bucket.holds(Bucket(*np.where([1, 1, 1, 1, 0, 0, 1], added, largest).tolist()))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(configs, st.integers(1, 150))
 def test_a_homogeneous_batch_has_one_signature(config, count):
     index = make_index(count, seed=count)
@@ -71,26 +91,72 @@ def test_a_homogeneous_batch_has_one_signature(config, count):
         assert len({of[i] for i in ids.ravel().tolist() if i != MASKED}) == 1
 
 
-@settings(max_examples=40, deadline=None)
-@given(configs, st.integers(20, 150), st.data())
-def test_a_plan_is_a_function_of_its_inputs(config, count, data):
+@settings(max_examples=25, deadline=None)
+@given(configs | mixtures, st.integers(20, 150), st.data())
+def test_a_plan_is_a_function_of_its_inputs_and_of_the_step(config, count, data):
     index = make_index(count, seed=count)
     first, second = make_planner(index, **config), pickle.loads(pickle.dumps(make_planner(index, **config)))
     step = data.draw(st.integers(0, 3 * first.steps_per_epoch))
     for k in (step, 0, step + 1):  # in any order, and over the end of an epoch
-        assert first[k].bucket == second[k].bucket and np.array_equal(first[k].ids, second[k].ids)
+        assert first[k].bucket == second[k].bucket
+        assert np.array_equal(first[k].ids, second[k].ids) and np.array_equal(first[k].withheld, second[k].withheld)
     epoch, position = first.locate(step)
-    assert epoch * first.steps_per_epoch + position == step and 0 <= position < first.steps_per_epoch
+    assert sum(len(first.epoch(e)) for e in range(epoch)) + position == step and 0 <= position < len(first.epoch(epoch))
     assert np.array_equal(first[step].ids, first.epoch(epoch)[position].ids)
 
 
-@settings(max_examples=30, deadline=None)
-@given(configs, st.integers(20, 150))
+@settings(max_examples=15, deadline=None)
+@given(configs | mixtures, st.integers(20, 150))
 def test_the_number_of_hosts_changes_only_who_does_what(config, count):
     index = make_index(count, seed=count)
-    one, three = (make_planner(index, **{**config, "hosts": hosts}).epoch(1) for hosts in (1, 3))
-    assert np.array_equal(one.bucket, three.bucket)
-    assert np.array_equal(one.ids.reshape(len(one), -1), three.ids.reshape(len(three), -1))
+    one, four = (make_planner(index, **{**config, "hosts": hosts}).epoch(1) for hosts in (1, 4))
+    assert np.array_equal(one.bucket, four.bucket)
+    for name in ("ids", "withheld"):
+        assert np.array_equal(getattr(one, name).reshape(len(one), -1), getattr(four, name).reshape(len(four), -1))
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=6), st.floats(1, 50), st.integers(0, 2**31), st.integers(1, 12))
+def test_a_mixture_gives_each_group_its_share_and_each_sample_its_turn(counts, temperature, seed, epochs):
+    groups = np.repeat(np.arange(len(counts)), counts)
+    drawn = np.stack([draw(groups, temperature, seed, epoch) for epoch in range(epochs)])
+    assert drawn.shape == (epochs, len(groups))  # an epoch is as long as there are samples
+    weights = np.array(counts) ** (1 / temperature)
+    for group, count in enumerate(counts):
+        share = (groups[drawn] == group).sum(1)
+        assert len(set(share.tolist())) == 1 and abs(share[0] - len(groups) * weights[group] / weights.sum()) < 1
+        times = np.bincount(drawn[groups[drawn] == group], minlength=len(groups))[groups == group]
+        assert times.max() - times.min() <= 1 and times.sum() == epochs * share[0] and len(times) == count
+
+
+def test_a_mixture_goes_from_every_sample_once_to_equal_groups():
+    counts = np.array([1000, 100, 7])
+    assert shares(counts, 1.0).tolist() == [1000, 100, 7] and shares(counts, 1e9).tolist() == [369, 369, 369]
+    index = make_index(400)
+    plans = [make_planner(index, batch_size=8, mode=mode, temperature=2.0).epoch(0) for mode in ("homogeneous", "mixed", "packed")]
+    for plan in plans:  # what is drawn does not depend on how it is batched
+        assert np.array_equal(np.sort(plan.ids[plan.ids >= 0]), np.sort(plans[0].ids[plans[0].ids >= 0]))
+        share = np.bincount(index.datasets[planned(plan, index)])
+        assert np.array_equal(share, shares(np.bincount(index.datasets), 2.0)) and share[-1] > 1.5 * np.bincount(index.datasets)[-1]
+    tasks = index.tasks[planned(make_planner(index, batch_size=8, temperature=2.0, balance="task").epoch(0), index)]
+    assert np.array_equal(np.bincount(tasks), shares(np.bincount(index.tasks), 2.0))
+
+
+def test_dropout_is_drawn_for_each_sample_and_epoch_whatever_surrounds_it():
+    index = make_index(3000)
+    odds = {"audio_dropout": 0.3, "video_dropout": 0.1}
+
+    def withheld(index: Index, epoch: int, **config) -> dict[int, int]:
+        plan = make_planner(index, **odds, **config).epoch(epoch)
+        assert (plan.withheld[plan.ids == MASKED] == 0).all()
+        return dict(zip(plan.ids[plan.ids >= 0].tolist(), plan.withheld[plan.ids >= 0].tolist(), strict=True))
+
+    whole, third = withheld(index, 1, batch_size=8), withheld(index.subset(index.ids % 3 == 0), 1, batch_size=12, mode="packed", hosts=4)
+    assert len(third) > 900 and all(whole[i] == bits for i, bits in third.items())
+    bits = np.array(list(whole.values()))
+    lost = [((bits & bit) > 0).mean() for bit in (NO_AUDIO, NO_VIDEO)] + [(bits == NO_AUDIO + NO_VIDEO).mean()]
+    np.testing.assert_allclose(lost, [0.3, 0.1, 0.03], atol=0.03)
+    assert withheld(index, 2, batch_size=8) != whole != withheld(index, 1, batch_size=8, seed=7)
 
 
 def test_seed_and_epoch_shuffle_anew_and_evaluation_does_not():
@@ -113,7 +179,7 @@ def test_dropping_loses_less_than_a_batch_of_each_group():
 def test_signatures_take_turns_until_they_run_out():
     count = 60
     signatures = np.array([0] * 8 + [1] * 16 + [2] * 36, np.int32)
-    index = Index(np.arange(count), signatures, NAMES, np.ones((count, 6), np.int32), np.zeros(count, np.int32))
+    index = alike(signatures, np.ones((count, 7), np.int32))
     for shuffle in (True, False):
         config = PlanConfig(batch_size=4, shuffle=shuffle)
         plan = Planner(index, (Bucket(1, 1, 1, 1, 1, 1),), config).epoch(0)
@@ -139,9 +205,7 @@ def test_few_buckets_waste_little(mode):
 
 def test_samples_alike_need_one_bucket():
     count = 50
-    index = Index(
-        np.arange(count), np.zeros(count, np.int32), ("text",), np.tile([100, 0, 0, 0, 0, 0], (count, 1)), np.zeros(count, np.int32)
-    )
+    index = alike(np.zeros(count, np.int32), np.tile([100, 0, 0, 0, 0, 0, 1], (count, 1)))
     assert choose_buckets(index, PlanConfig(batch_size=4), COST) == (Bucket(112),)
 
 
@@ -151,12 +215,20 @@ def test_a_plan_that_cannot_be_is_refused_with_the_reason():
         Planner(index, (Bucket(8),), PlanConfig(batch_size=4))
     with pytest.raises(ValueError, match="20 samples make no batch of 64"):
         make_planner(index, batch_size=64, incomplete="drop")
-    with pytest.raises(ValueError, match="multiple of the 3 hosts"):
-        PlanConfig(batch_size=4, hosts=3)
+    for wrong, told in (
+        ({"hosts": 3}, "multiple of the 3 hosts"),
+        ({"mode": "pakced"}, "unknown mode 'pakced'; known: homogeneous, mixed, packed"),
+        ({"temperature": 0.5}, "temperature 0.5 must be at least 1"),
+        ({"audio_dropout": 30}, "audio_dropout 30 is a probability"),
+        ({"shuffle": False, "video_dropout": 0.1}, "are for training"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            PlanConfig(**{"batch_size": 4, **wrong})
+    with pytest.raises(ValueError, match="one shape of row, not 2"):
+        Planner(index, (Bucket(8), Bucket(9)), PlanConfig(batch_size=4, mode="packed"))
     with pytest.raises(ValueError, match="no samples"):
         choose_buckets(index.subset(np.zeros(20, bool)), PlanConfig(batch_size=4), COST)
-    audio, video = index.sizes[:1] * 0 + [[10, 5, 5, 0, 0, 0]], index.sizes[:1] * 0 + [[10, 0, 0, 1, 1, 4]]
-    pair = Index(np.arange(2), np.arange(2, dtype=np.int32), ("a", "b"), np.concatenate([audio, video]), np.zeros(2, np.int32))
+    pair = alike(np.arange(2), np.array([[10, 5, 5, 0, 0, 0, 1], [10, 0, 0, 1, 1, 4, 1]]))
     with pytest.raises(ValueError, match="joint maximum"):
         Planner(pair, (Bucket(10, 5, 5), Bucket(10, 0, 0, 1, 1, 4)), PlanConfig(batch_size=2, mode="mixed"))
 
@@ -166,3 +238,22 @@ def test_a_subset_plans_only_its_samples():
     third = index.subset(index.ids % 3 == 0)
     plan = make_planner(third, batch_size=4).epoch(0)
     assert set(plan.ids[plan.ids != MASKED].tolist()) == set(index.ids[index.ids % 3 == 0].tolist())
+
+
+def test_a_packed_row_is_chosen_to_be_full():
+    index, plan = make_index(600), PlanConfig(batch_size=2, mode="packed")
+    row = choose_row(index, COST, tokens=4096)
+    assert row.tokens == 4096 and row.holds(Bucket.covering(Bucket(*size) for size in index.sizes.tolist()))
+    assert padding_share(Planner(index, (row,), plan).epoch(0), index, COST) < 0.12
+    longest = int(index.sizes[:, 0].max())
+    assert choose_row(index, COST, tokens=1).tokens == longest
+
+
+def test_no_sample_waits_long_for_its_row():
+    """However awkward a sample is, it is packed about when its turn comes: a stream of small ones does not pass it for ever."""
+    index = make_index(3000)
+    order = np.random.default_rng(0).permutation(3000)
+    place = np.empty(3000)
+    for k, row in enumerate(pack(index.sizes[order], np.array(list(vars(small_row(index)).values())), pool=64)):
+        place[row] = k
+    assert (place <= np.arange(3000)).all()

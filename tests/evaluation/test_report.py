@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 
 from omnisapiens_jax.atlas.sources import Source, open_source
-from omnisapiens_jax.evaluation.charts import Line, line_chart, smoothed, ticks
 from omnisapiens_jax.evaluation.evaluate import Answer, save_answers
-from omnisapiens_jax.evaluation.report import LARGEST_MEDIUM, write_report
+from omnisapiens_jax.evaluation.report import write_report
+from omnisapiens_jax.pages.charts import Line, line_chart, smoothed, ticks
+from omnisapiens_jax.pages.embedded import LARGEST_MEDIUM
 from omnisapiens_jax.resources import resource
 from omnisapiens_jax.rl.replay import Rollout, save_rollout
 

@@ -121,7 +121,7 @@ def test_reference_token_counts(mp4, wav, mini_tokenizer):
 
 def test_every_media_token_finds_its_own_embedding(rich, mini):
     """Follows each token through collate's index into a list of embeddings that carry their own names."""
-    bucket = Bucket(*(value + pad for value, pad in zip(dataclasses.astuple(rich.size()), (7, 2, 3, 1, 2, 0), strict=True)))
+    bucket = Bucket(*(value + pad for value, pad in zip(dataclasses.astuple(rich.size()), (7, 2, 3, 1, 2, 0, 0), strict=True)))
     batch = collate([None, rich], bucket, mini)
     assert {name: value.shape[1:] for name, value in batch.items() if name in ("tokens", "positions", "patch_coords")} == {
         "tokens": (bucket.tokens,),
@@ -197,6 +197,15 @@ def test_sound_in_video_is_used_only_when_every_video_has_it(make, mini, small, 
         make("<video>", options, videos=[mp4(10, sound=1.0), mp4(3)])
 
 
+def test_real_timing_tells_the_seconds_between_the_frames(make, small, mp4):
+    """20 frames at 10 a second: frames 0, 6, 13 and 19 are 19 / 30 s apart on average, so a grid step of two lasts 31 ticks, not 25."""
+    told, real = make("<video>", videos=[mp4(20)]), make("<video>", dataclasses.replace(small, real_timing=True), videos=[mp4(20)])
+    steps = [np.unique(example.positions[0, example.media == VISION]).tolist() for example in (told, real)]
+    assert [last - first for first, last in steps] == [25, 31] and real.size() == told.size()
+    still = make("<video>", dataclasses.replace(small, real_timing=True), videos=[mp4(1)])
+    np.testing.assert_array_equal(still.positions, make("<video>", videos=[mp4(1)]).positions)
+
+
 def test_a_batch_pads_on_the_right_and_masks_empty_slots(rich, make, mini):
     text = make("Hi.", response="ok")
     bucket = Bucket.covering([rich.size(), text.size()])
@@ -213,7 +222,7 @@ def test_a_batch_pads_on_the_right_and_masks_empty_slots(rich, make, mini):
 
 def test_what_does_not_fit_is_named(rich, make, mini, wav):
     with pytest.raises(
-        ValueError, match=rf"slot 1 does not fit its bucket: tokens {len(rich.tokens)} > 40, audio_chunks 5 > 0, .*larger bucket"
+        ValueError, match=rf"row 1 does not fit its bucket: tokens {len(rich.tokens)} > 40, audio_chunks 5 > 0, .*larger bucket"
     ):
         collate([None, rich], Bucket(40), mini)
     assert not Bucket(40).holds(rich.size()) and Bucket.covering([rich.size(), Bucket(9999)]).holds(rich.size())

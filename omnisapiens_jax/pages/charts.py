@@ -1,4 +1,4 @@
-"""Line charts as SVG text that takes its colours from the page it is put into."""
+"""Line and bar charts as SVG text that takes its colours from the page it is put into."""
 
 from __future__ import annotations
 
@@ -86,3 +86,30 @@ def line_chart(title: str, lines: Sequence[Line], *, bounds: tuple[float, float]
         parts.append(f'<polyline class="{line.style}" points="{path}"/>')
     label = escape(f"{title} over steps {first:.0f} to {last:.0f}: {told}")
     return Markup(f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{label}">{"".join(parts)}</svg>')
+
+
+def histogram(title: str, values: np.ndarray, *, edges: Sequence[float] = (), bins: int = 40) -> Markup:
+    """How often values of a size occur, zero at the left; `edges` are marked, such as the lengths of the buckets."""
+    if not len(values):
+        return Markup('<p class="quiet">no numbers</p>')
+    last = max(float(np.max(values)), *edges, 1.0)
+    counts, bounds = np.histogram(values, bins=bins, range=(0.0, last))
+
+    def x(value: float) -> float:
+        return _LEFT + value / last * (_WIDTH - _LEFT - _RIGHT)
+
+    def y(count: float) -> float:
+        return _HEIGHT - _BOTTOM - count / counts.max() * (_HEIGHT - _TOP - _BOTTOM)
+
+    parts = []
+    for tick in ticks(0, float(counts.max())):
+        parts.append(f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y(tick):.1f}" y2="{y(tick):.1f}"/>')
+        parts.append(f'<text x="{_LEFT - 6}" y="{y(tick) + 4:.1f}" text-anchor="end">{tick:.4g}</text>')
+    for tick in ticks(0, last, 6):
+        parts.append(f'<text x="{x(tick):.1f}" y="{_HEIGHT - 6}" text-anchor="middle">{tick:.4g}</text>')
+    for count, begin, end in zip(counts, bounds[:-1], bounds[1:], strict=True):
+        box = f'x="{x(begin):.1f}" y="{y(count):.1f}" width="{x(end) - x(begin):.1f}" height="{_HEIGHT - _BOTTOM - y(count):.1f}"'
+        parts.append(f'<rect class="bar" {box}/>')
+    parts += [f'<line class="edge" x1="{x(edge):.1f}" x2="{x(edge):.1f}" y1="{_TOP}" y2="{_HEIGHT - _BOTTOM}"/>' for edge in edges]
+    told = f"{title}: {len(values)} samples from {np.min(values):.4g} to {np.max(values):.4g}, median {np.median(values):.4g}"
+    return Markup(f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{escape(told)}">{"".join(parts)}</svg>')
