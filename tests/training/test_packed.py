@@ -82,7 +82,7 @@ def test_loss_and_gradient_of_packed_rows_are_those_of_the_samples_alone() -> No
     loss, tokens, grads = gradient()(packed())
     assert tokens == alone()[1] > 20
     np.testing.assert_allclose(loss, alone()[0], rtol=1e-6)
-    assert distance(grads) < 1e-4
+    assert distance(grads) < 2e-5
 
 
 def _leak(batch: Batch) -> Batch:
