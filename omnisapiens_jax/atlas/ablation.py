@@ -28,3 +28,7 @@ class WithoutTranscripts:
     def fingerprint(self) -> str:
         """Changes with the rows, and differs from that of the rows themselves."""
         return f"{self.source.fingerprint()} without transcripts"
+
+    def stamp(self, index: int) -> str:
+        """That of the row itself."""
+        return self.source.stamp(index)

@@ -20,18 +20,22 @@ from omnisapiens_jax.atlas.sources import Source
 from omnisapiens_jax.atlas.workers import DEADLINE, MEMORY, Decoder, IsolatedDecoder, Kinds, open_decoder
 from omnisapiens_jax.processing.example import Bucket
 
-_FORMAT = 2  # raise it when the meaning of a stored number changes, and old files are measured again
+_FORMAT = 3  # raise it when the meaning of a stored number changes, and old files are measured again
 
 Progress = Callable[[int, int], None]
 
 
 @dataclasses.dataclass(frozen=True)
 class _Measured:
-    """One row. `kinds` are its signature, dataset and task; `replaced` the faults of media that silence or black stands in for."""
+    """One row. `kinds` are its signature, dataset and task; `replaced` the faults of media that silence or black stands in for.
+
+    `stamp` is that of its files when it was measured.
+    """
 
     kinds: Kinds
     size: tuple[int, ...]
     excess: int
+    stamp: str
     replaced: tuple[SampleError, ...] = ()
 
 
@@ -59,8 +63,8 @@ def length_index(
         recipe: how they become examples.
         on_error: `raise` stops with a list of all unusable rows; `skip` leaves them out of the index; `zero` leaves out only those whose
             fault is not in their media, and measures silence and black in the place of media that cannot be used.
-        cache: directory that keeps the result, found again by a digest of the rows and the recipe. Rows that were at fault are measured
-            again every time, so a mended file is noticed; any other change of a media file is not: delete the directory then.
+        cache: directory that keeps the result, found again by a digest of the rows and the recipe. Rows that were at fault, and those
+            whose files have gone or changed since, are measured again.
         leave_out: rows that are neither measured nor in the index.
         quarantine: the list that faults are written to.
         workers: processes that measure; 0 measures in threads of this one. `deadline` and `memory` bound each, see `open_decoder`.
@@ -72,12 +76,16 @@ def length_index(
     """
     key = hashlib.sha256(f"{_FORMAT} {source.fingerprint()} {recipe.fingerprint()}".encode()).hexdigest()[:24]
     path = cache / f"lengths-{key}.json" if cache else None
+    stamps = [source.stamp(i) for i in range(len(source))] if path else [""] * len(source)
     rows: list[_Row] = _load(path) if path and path.exists() else [None] * len(source)
+    rows = [None if isinstance(row, _Measured) and row.stamp != stamp else row for row, stamp in zip(rows, stamps, strict=True)]
     before, left_out = list(rows), frozenset(leave_out)
     unmeasured = [i for i, row in enumerate(rows) if not isinstance(row, _Measured) and i not in left_out]
     decoder = open_decoder(source, recipe, zero=on_error == "zero", workers=workers, deadline=deadline, memory=memory)
     with ThreadPoolExecutor(workers or threads) as pool:
-        for done, (i, row) in enumerate(zip(unmeasured, pool.map(lambda i: _measure(decoder, i), unmeasured), strict=True), start=1):
+        for done, (i, row) in enumerate(
+            zip(unmeasured, pool.map(lambda i: _measure(decoder, i, stamps[i]), unmeasured), strict=True), start=1
+        ):
             rows[i] = row
             if progress:
                 progress(len(rows) - len(unmeasured) + done, len(rows))
@@ -95,12 +103,12 @@ def shortened(index: Index) -> int:
     return int((index.excess > 0).sum())
 
 
-def _measure(decoder: Decoder | IsolatedDecoder, i: int) -> _Measured | SampleError:
+def _measure(decoder: Decoder | IsolatedDecoder, i: int, stamp: str) -> _Measured | SampleError:
     try:
         kinds, size, excess, replaced = decoder.measure(i)
     except SampleError as error:
         return error
-    return _Measured(kinds, dataclasses.astuple(size), excess, tuple(replaced))
+    return _Measured(kinds, dataclasses.astuple(size), excess, stamp, tuple(replaced))
 
 
 def _faults(row: _Row) -> tuple[SampleError, ...]:
@@ -127,7 +135,8 @@ def _save(path: Path, rows: Sequence[_Row]) -> None:
     plain = []
     for row in rows:
         faults = _faults(row)  # also of a row that is fed with stand-ins: it is measured again, in case it was mended
-        plain.append(as_record(faults[0]) if faults else (row.kinds, row.size, row.excess) if isinstance(row, _Measured) else None)
+        measured = (row.kinds, row.size, row.excess, row.stamp) if isinstance(row, _Measured) else None
+        plain.append(as_record(faults[0]) if faults else measured)
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_suffix(f".{os.getpid()}.part")
     draft.write_text(json.dumps(plain))
@@ -136,4 +145,4 @@ def _save(path: Path, rows: Sequence[_Row]) -> None:
 
 def _load(path: Path) -> list[_Row]:
     rows = json.loads(path.read_text())
-    return [SampleError(**row) if isinstance(row, dict) else row and _Measured(tuple(row[0]), tuple(row[1]), row[2]) for row in rows]
+    return [SampleError(**row) if isinstance(row, dict) else row and _Measured(tuple(row[0]), tuple(row[1]), *row[2:]) for row in rows]

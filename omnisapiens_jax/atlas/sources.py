@@ -40,6 +40,10 @@ class Source(Protocol):
         """A digest that changes with the rows: what a cache computed from them is keyed by."""
         ...
 
+    def stamp(self, index: int) -> str:
+        """Changes when a media file that the row names does; "" where the fingerprint says it all."""
+        ...
+
 
 def open_source(path: str | Path) -> JsonlSource | ParquetSource | ArrayRecordSource:
     """The source at a path: a `.jsonl` or `.parquet` file, or a split without the ending.
@@ -127,6 +131,16 @@ class JsonlSource:
     def fingerprint(self) -> str:
         """SHA-256 of the file."""
         return self._digest
+
+    def stamp(self, index: int) -> str:
+        """Size and time of every media file that the row names, "-" for one that is not there; and the stamp of the tars."""
+        try:
+            row = self._row(_checked(index, len(self)))
+        except SampleError:
+            return ""
+        named = [row.get(field) for field in MEDIA_FIELDS]
+        paths = [self.path.parent / name for names in named if isinstance(names, list) for name in names if isinstance(name, str)]
+        return " ".join([*map(_file_stamp, paths), self._tars.stamp]).strip()
 
     def _row(self, index: int) -> dict[str, Any]:
         with self.path.open("rb") as file:
@@ -221,6 +235,10 @@ class ParquetSource:
         """SHA-256 over the shards' names, sizes and footers."""
         return self._digest
 
+    def stamp(self, index: int) -> str:
+        """Nothing: the media are inside."""
+        return ""
+
     def _light_columns(self, group: int) -> Any:
         if group not in self._light:
             self._light[group] = self._read(group, media=False)
@@ -277,6 +295,10 @@ class ArrayRecordSource:
         """SHA-256 over the checksums of the shards."""
         return self._receipt.fingerprint(self.split)
 
+    def stamp(self, index: int) -> str:
+        """Nothing: the media are inside."""
+        return ""
+
 
 def _footer(path: Path, size: int) -> bytes:
     """The bytes of a parquet file's footer. (Arrow's reading of all that it says can abort the process when it is broken.)"""
@@ -289,3 +311,11 @@ def _checked(index: int, length: int) -> int:
     if not 0 <= index < length:
         raise IndexError(f"row {index} of a source of {length} rows")
     return int(index)
+
+
+def _file_stamp(path: Path) -> str:
+    try:
+        found = path.stat()
+    except (OSError, ValueError):  # a name with a null byte
+        return "-"
+    return f"{found.st_size}:{found.st_mtime_ns}"

@@ -31,10 +31,11 @@ class TarFiles:
         self.folder = folder
         self._tars = sorted([*folder.glob("*.tar"), *folder.glob("*/*.tar")])
         if not self._tars:
-            self._names, self._places = np.zeros(0, "S1"), np.zeros((0, 3), np.int64)
+            self._names, self._places, self.stamp = np.zeros(0, "S1"), np.zeros((0, 3), np.int64), ""
             return
         facts = [(str(tar.relative_to(folder)), tar.stat().st_size, tar.stat().st_mtime_ns) for tar in self._tars]
-        kept = (cache or resources.cache() / "tars") / f"{hashlib.sha256(repr(facts).encode()).hexdigest()[:24]}.npz"
+        self.stamp = hashlib.sha256(repr(facts).encode()).hexdigest()[:24]  # changes when a tar does
+        kept = (cache or resources.cache() / "tars") / f"{self.stamp}.npz"
         if not kept.exists():
             _keep(kept, *_index(folder, self._tars))
         with np.load(kept, allow_pickle=False) as arrays:

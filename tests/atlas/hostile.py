@@ -89,6 +89,9 @@ class Hostile:
     def fingerprint(self):
         return f"{self.kind} {self.count}"
 
+    def stamp(self, index: int) -> str:
+        return ""
+
     def __getitem__(self, row):
         kept = originals(self.kind)
         data = mutated(kept[row % len(kept)], row)

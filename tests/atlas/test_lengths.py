@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
+from omnisapiens_jax.atlas.faults import BadSamples
 from omnisapiens_jax.atlas.lengths import length_index
 from omnisapiens_jax.atlas.recipe import Recipe
 from omnisapiens_jax.atlas.sources import open_source
@@ -64,6 +65,19 @@ def test_a_cached_index_is_the_measured_one(atlas, tmp_path):
         a, b = getattr(fresh, name), getattr(again, name)
         assert a.dtype == b.dtype and np.array_equal(a, b)
     assert fresh.names == again.names
+
+
+def test_a_file_that_was_replaced_or_lost_is_noticed(atlas, tmp_path, measured):
+    cache = tmp_path / "c"
+    length_index(open_source(atlas), recipe(), on_error="raise", cache=cache)
+    measured.clear()
+    wav = atlas.parent / "audio/4.wav"
+    wav.write_bytes((atlas.parent / "audio/7.wav").read_bytes() + bytes(2))
+    index, _ = length_index(open_source(atlas), recipe(), on_error="raise", cache=cache)
+    assert measured == [4] and index.sizes[4].tolist() == list(dataclasses.astuple(recipe().build(open_source(atlas)[4]).size()))
+    wav.unlink()
+    with pytest.raises(BadSamples, match="1 samples cannot be used"):
+        length_index(open_source(atlas), recipe(), on_error="raise", cache=cache)
 
 
 def test_a_mended_file_is_noticed(atlas, tmp_path, measured):

@@ -20,6 +20,9 @@ class Rows(list):
     def fingerprint(self):
         return ""
 
+    def stamp(self, index: int) -> str:
+        return ""
+
 
 @pytest.fixture(scope="module")
 def release(tmp_path_factory):
