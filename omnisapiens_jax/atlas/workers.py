@@ -6,6 +6,7 @@ of their own each, started once, without jax. Whatever ends a worker costs the o
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import dataclasses
 import functools
@@ -99,6 +100,7 @@ class IsolatedDecoder:
 
     def __init__(self, decoder: Decoder, pool: WorkerPool) -> None:
         self._pool, self._payload = pool, pickle.dumps(decoder)
+        _trim()
 
     def measure(self, row: int) -> tuple[Kinds, Bucket, int, list[SampleError]]:
         """See `Decoder.measure`."""
@@ -388,6 +390,7 @@ def _serve(file: int, memory: int, parent: int) -> None:
         try:
             if new is not None:
                 decoders[number] = pickle.loads(new)
+                _trim()
                 _bound(memory)
             tell = lambda sample: send(connection, ("sample", (sample.file, sample.dataset)))  # noqa: E731
             answer = "answer", getattr(decoders[number], task)(row, *arguments, told=tell)
@@ -406,6 +409,12 @@ def _end_with(parent: int) -> None:
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     if os.getppid() != parent:
         os._exit(1)
+
+
+def _trim() -> None:
+    """Gives freed memory back to the system: a vocabulary of 150,000 leaves as much behind as it takes when it is read."""
+    with contextlib.suppress(AttributeError, OSError):  # not every C library can
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _bound(memory: int) -> None:

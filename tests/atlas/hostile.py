@@ -5,6 +5,7 @@ import functools
 import io
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -21,30 +22,30 @@ LENGTHS = (0, 1, 7, 0x7F, 0xFF, 0xFFFF, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFE, 0xFF
 
 def mutated(data: bytes, seed: int) -> bytes:
     """`data` with one to three of: bits flipped, the end cut off, a piece moved, a length field overwritten, a piece repeated."""
-    random, data = np.random.default_rng(seed), bytearray(data)
+    random, changed = np.random.default_rng(seed), bytearray(data)
 
     def place() -> int:
         """Half of them within 256 bytes of an end, where headers lie."""
         near = int(random.integers(256)) * int(random.choice((1, -1)))
-        return int(random.integers(len(data))) if random.random() < 0.5 else near % len(data)
+        return int(random.integers(len(changed))) if random.random() < 0.5 else near % len(changed)
 
     for _ in range(random.integers(1, 4)):
         match random.integers(5):
             case 0:
                 for _ in range(random.integers(1, 12)):
-                    data[place()] ^= 1 << random.integers(8)
+                    changed[place()] ^= 1 << random.integers(8)
             case 1:
-                data = data[: max(place(), 1)]
+                changed = changed[: max(place(), 1)]
             case 2:
                 source, target, size = place(), place(), int(random.integers(1, 200))
-                data[target : target + size] = data[source : source + size]
+                changed[target : target + size] = changed[source : source + size]
             case 3:
                 at, value = place(), int(random.choice(LENGTHS))
-                data[at : at + 4] = value.to_bytes(4, "big" if random.random() < 0.5 else "little")
+                changed[at : at + 4] = value.to_bytes(4, "big" if random.random() < 0.5 else "little")
             case _:
                 at, size = place(), int(random.integers(1, 200))
-                data[at:at] = data[at : at + size] * int(random.integers(1, 4))
-    return bytes(data)
+                changed[at:at] = changed[at : at + size] * int(random.integers(1, 4))
+    return bytes(changed)
 
 
 @functools.cache
@@ -67,7 +68,7 @@ def originals(kind: str) -> tuple[bytes, ...]:
     return tuple(_file(lambda out, codec=codec: pq.write_table(table, out, compression=codec)) for codec in ("snappy", "zstd", "none"))
 
 
-ROW = {
+ROW: dict[str, Any] = {
     "problem": "Transcript: word\nWhich of anger, sad?",
     "answer": "sad",
     "dataset": "meld_emotion",
@@ -92,12 +93,12 @@ class Hostile:
     def stamp(self, index: int) -> str:
         return ""
 
-    def __getitem__(self, row):
+    def __getitem__(self, index: int) -> Sample:
         kept = originals(self.kind)
-        data = mutated(kept[row % len(kept)], row)
+        data = mutated(kept[index % len(kept)], index)
         if self.kind != "parquet":
-            field = {"wav": "audios", "mp4": "videos", "png": "images"}[self.kind]
-            return Sample(id=row, file=self.kind, class_label="sad", **ROW, **{field: (data,)})
+            media: dict[str, Any] = {{"wav": "audios", "mp4": "videos", "png": "images"}[self.kind]: (data,)}
+            return Sample(id=index, file=self.kind, class_label="sad", **(ROW | media))
         with tempfile.NamedTemporaryFile(suffix=".parquet") as file:
             file.write(data)
             file.flush()
@@ -105,12 +106,12 @@ class Hostile:
                 source = ParquetSource([Path(file.name)])
                 if not len(source):
                     raise ValueError("holds no row")
-                return dataclasses.replace(source[0], id=row)
+                return dataclasses.replace(source[0], id=index)
             except SampleError as fault:
                 reason, kind = fault.reason, fault.kind
             except ValueError as error:  # no run begins with such a file
                 reason, kind = str(error), "schema"
-            raise SampleError(reason, kind=kind, file=file.name, row=row, dataset="?", field="(the row)")
+            raise SampleError(reason, kind=kind, file=file.name, row=index, dataset="?", field="(the row)")
 
 
 def _file(write):
