@@ -30,7 +30,7 @@ learning: .venv/.run ## three seeds of warm start, GRPO and SFT in runs/learning
 test: venvs ## all tests but the slow ones
 	$(PYTEST) -m "not slow"
 
-test-slow: venvs descriptors-env ## the slow tests: whole runs, long comparisons
+test-slow: venvs .venv/.beam descriptors-env ## the slow tests: whole runs, long comparisons
 	$(PYTEST) -m slow
 
 bench: venvs ## speed and memory beside transformers on torch, as a table
@@ -71,7 +71,12 @@ CONSTRAINED = $$($(PY) -c 'import sys; print("--constraint=constraints.txt" if s
 
 .venv/.test: .venv/.run
 	@echo "Installing the test and lint tools into .venv"
-	@$(PY) $(INSTALL) $(CONSTRAINED) --editable '.[atlas,test,dev,tfds,beam]'
+	@$(PY) $(INSTALL) $(CONSTRAINED) --editable '.[atlas,test,dev,tfds]'
+	@touch $@
+
+.venv/.beam: .venv/.test
+	@echo "Installing Apache Beam into .venv"
+	@$(PY) $(INSTALL) $(CONSTRAINED) --editable '.[beam]'
 	@touch $@
 
 .venv-oracle/.made: tests/oracle-requirements.txt

@@ -36,8 +36,12 @@ def clip(seconds: int, group: int, width: int = 640, height: int = 360) -> bytes
 
 def in_order(source: bytes) -> np.ndarray:
     """The frames, without seeking."""
-    packets = media._packets(io.BytesIO(source), "clip")
-    return np.stack(media._in_order(io.BytesIO(source), media.frame_indices(len(packets), 4)))
+    with av.open(io.BytesIO(source)) as container:
+        stream, packets = media._read_packets(container, "clip")
+        stream.thread_count = 1
+        wanted = media.frame_indices(len(packets), 4)
+        kept = media._in_order(stream.codec_context, packets, wanted)
+    return np.stack([kept[index] for index in wanted])
 
 
 def best(work: Callable[[], np.ndarray], times: int) -> tuple[float, np.ndarray]:

@@ -36,7 +36,7 @@ def main(folder: Path, tokenizer: Path, batch: int, workers: int) -> None:
     first = next(batch for _, batch in made.batches(0, made.planner.steps_per_epoch) if 0 in batch["index"])
     row = first["index"].tolist().index(0)
     kept = {name: first[name][row] for name in ("tokens", "segment_ids", "audio_chunks", "patches", "patch_mask")}
-    np.savez(folder / "ours.npz", **kept)
+    np.savez(folder / "ours.npz", allow_pickle=False, **kept)
 
     def batches(samples: int) -> Iterator[int]:
         left = samples

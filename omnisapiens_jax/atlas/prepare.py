@@ -36,7 +36,7 @@ from omnisapiens_jax.atlas.schema import Sample, SampleError
 from omnisapiens_jax.atlas.sources import ParquetSource, open_source, open_splits
 
 if TYPE_CHECKING:
-    from apache_beam.options.pipeline_options import PipelineOptions
+    from apache_beam.options.pipeline_options import PipelineOptions  # pyright: ignore[reportMissingImports] - an extra
 
 SHARD_ROWS = 256  # a file of the released parquet has as many
 _FORMAT = 1  # of what is written: raise it when the same source gives other bytes
@@ -341,8 +341,8 @@ def _end_with_parent() -> None:
 
 def _run_beam(jobs: Sequence[Job], options: Sequence[str] | PipelineOptions) -> None:
     try:
-        import apache_beam
-        from apache_beam.options.pipeline_options import PipelineOptions
+        import apache_beam  # pyright: ignore[reportMissingImports]
+        from apache_beam.options.pipeline_options import PipelineOptions  # pyright: ignore[reportMissingImports]
     except ImportError as reason:
         raise ImportError(f"Beam is in the extra `beam`: pip install 'omnisapiens-jax[beam]' ({reason})") from reason
     if jobs:

@@ -139,7 +139,7 @@ def image_shape(source: Source, *, name: str = "image") -> tuple[int, int, int]:
     try:
         with Image.open(raw) as image:
             return 1, image.height, image.width
-    except (OSError, SyntaxError, ValueError) as reason:
+    except _UNREADABLE as reason:
         raise MediaError(name, f"not a readable image ({reason})") from reason
 
 
