@@ -123,7 +123,7 @@ class Atlas:
         if rows is not None:
             index = index.subset(rows(index))
         if not len(index):
-            raise ValueError(f"{self._root / name}: of its {len(source)} rows {len(faults)} cannot be used, and none is left for this stage")
+            raise ValueError(f"{self._root / name}: of {len(source)} rows {len(faults)} cannot be used, and none is left for this stage")
         mode = "homogeneous" if atlas.batches == "packed" and not target else atlas.batches
         plan = PlanConfig(batch_size, hosts=jax.process_count(), seed=self._config.seed, mode=mode, shuffle=shuffle)
         if shuffle:
