@@ -44,7 +44,7 @@ from throughput_ours import pipeline  # noqa: E402
 from omnisapiens_jax.atlas.recipe import Recipe  # noqa: E402
 from omnisapiens_jax.atlas.sources import open_source  # noqa: E402
 from omnisapiens_jax.atlas.workers import Decoder, receive, send  # noqa: E402
-from omnisapiens_jax.models.config import ThinkerConfig  # noqa: E402
+from omnisapiens_jax.models.config import PIXEL_MEAN, PIXEL_STD, ThinkerConfig  # noqa: E402
 from omnisapiens_jax.processing import chat, example, media, vision  # noqa: E402
 from omnisapiens_jax.processing.audio import layout_audio, log_mel  # noqa: E402
 from omnisapiens_jax.processing.options import REFERENCE  # noqa: E402
@@ -295,7 +295,8 @@ def compare(folder: Path) -> None:
                 np.testing.assert_array_equal(ours["tokens"][ours["segment_ids"] > 0], theirs["input_ids"][0])
                 mel = ours["audio_chunks"].reshape(-1, 128).T[:, : theirs["feature_attention_mask"].sum()]
                 np.testing.assert_allclose(mel, theirs["input_features"][0][:, : mel.shape[1]], atol=1e-3)
-                patches = ours["patches"][ours["patch_mask"]]
+                pixels = ours["patches"][ours["patch_mask"]]
+                patches = ((pixels.reshape(len(pixels), 3, -1) / 255 - PIXEL_MEAN[:, None]) / PIXEL_STD[:, None]).reshape(pixels.shape)
                 # Ours lie window by window, so that only what does not depend on the order is compared.
                 assert patches.shape == theirs["pixel_values_videos"].shape
                 np.testing.assert_allclose(np.sort(patches.mean(1)), np.sort(theirs["pixel_values_videos"].mean(1)), atol=0.02)

@@ -17,6 +17,7 @@ from omnisapiens_jax.parallel.mesh import all_rows, put_batch
 from omnisapiens_jax.processing.audio import SILENCE
 from omnisapiens_jax.processing.example import Batch
 from omnisapiens_jax.processing.tokenizers import Tokenizer
+from omnisapiens_jax.processing.vision import grey_patches
 from omnisapiens_jax.rl.rewards import RewardConfig, extract_prediction
 
 MODALITIES = ("text", "audio", "video")  # those that can be blanked
@@ -62,14 +63,14 @@ def decode_response(tokenizer: Tokenizer, tokens: np.ndarray, mask: np.ndarray) 
 
 
 def blank(batch: dict[str, np.ndarray], modality: str) -> dict[str, np.ndarray]:
-    """A batch without one modality, its places left: `audio` becomes silence, `video` even grey (0 after normalisation).
+    """A batch without one modality, its places left: `audio` becomes silence, `video` even grey.
 
     Words are tokens like all others, so `text` is taken out of the samples, with `WithoutTranscripts`, before there are batches.
     """
     if modality == "audio":
         return {**batch, "audio_chunks": np.full_like(batch["audio_chunks"], SILENCE)}
     if modality == "video":
-        return {**batch, "patches": np.zeros_like(batch["patches"])}
+        return {**batch, "patches": grey_patches(batch["patches"])}
     raise ValueError(f"cannot blank {modality!r} in a batch: audio or video")
 
 

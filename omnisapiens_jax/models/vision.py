@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 
 from omnisapiens_jax.models.attention import attend
-from omnisapiens_jax.models.config import VisionConfig
+from omnisapiens_jax.models.config import PIXEL_MEAN, PIXEL_STD, VisionConfig
 from omnisapiens_jax.models.layers import Build, Linear, RMSNorm, Stack, SwiGLU, rotate, shard
 
 
@@ -90,7 +90,7 @@ class VisionEncoder(nnx.Module):
         """Encodes the images and video frames of a batch.
 
         Args:
-          patches: `[B, F, W, P, patch_dim]`, F frames of W windows of P patch slots.
+          patches: `[B, F, W, P, patch_dim]`, F frames of W windows of P patch slots: uint8 pixels, or normalised ones.
           mask: `[B, F, W, P]` bool, true where a patch is.
           coords: `[B, F, W, P, 2]` row and column, in patches.
 
@@ -98,12 +98,19 @@ class VisionEncoder(nnx.Module):
         """
         batch, frames, windows, slots, _ = patches.shape
         merge = functools.partial(jnp.reshape, shape=(batch * frames, windows, slots, -1))
-        x = shard(self.patch_embed(merge(patches)), "batch", None, None, "act_embed")
+        pixels = normalise(patches) if patches.dtype == jnp.uint8 else patches
+        x = shard(self.patch_embed(merge(pixels)), "batch", None, None, "act_embed")
         angles = rope_angles(merge(coords), self.config.hidden_size // self.config.num_heads)
         segments = merge(mask)[..., 0].astype(jnp.int32)
         whole_frame = np.isin(np.arange(self.config.depth), self.config.fullatt_block_indexes)
         x, _ = self.blocks.run(lambda block, x, whole: (block(x, angles, segments, whole), None), x, jnp.asarray(whole_frame))
         return self.merger(x.reshape(batch, frames * windows * slots, -1))
+
+
+def normalise(pixels: jax.Array) -> jax.Array:
+    """Bytes `[..., patch_dim]` of patches, flattened channel first, as the encoder was trained on them, in float32."""
+    channels = pixels.reshape(*pixels.shape[:-1], len(PIXEL_MEAN), -1).astype(jnp.float32)
+    return ((channels / 255.0 - PIXEL_MEAN[:, None]) / PIXEL_STD[:, None]).reshape(pixels.shape)
 
 
 def rope_angles(coords: jax.Array, head_dim: int) -> jax.Array:

@@ -15,7 +15,7 @@ from omnisapiens_jax.processing.media import MediaError, Source
 from omnisapiens_jax.processing.options import ProcessingConfig
 from omnisapiens_jax.processing.positions import Grid, interleave, rope_positions
 from omnisapiens_jax.processing.tokenizers import Tokenizer
-from omnisapiens_jax.processing.vision import black_patches, grid_of, layout_vision, patchify, window_slots
+from omnisapiens_jax.processing.vision import black_patches, grey_patches, grid_of, layout_vision, patchify, window_slots
 
 IGNORED = -100  # label of a token that is not trained
 STAND_IN_SAMPLES = SAMPLE_RATE // 2  # of silence, for a clip that cannot be decoded
@@ -79,7 +79,7 @@ class Example:
     audio_chunks: np.ndarray  # [A, C, mels] float32, zero past the valid frames
     audio_frames: np.ndarray  # [A] int32 valid frames
     audio_pairs: np.ndarray  # [Na, 2] int32: the encoder states (chunk * chunk_tokens + position) pooled into audio token i
-    patches: np.ndarray  # [F, W, P, patch_dim] float32, in window order
+    patches: np.ndarray  # [F, W, P, patch_dim] uint8 pixels (or normalised float32), in window order
     patch_mask: np.ndarray  # [F, W, P] bool
     patch_coords: np.ndarray  # [F, W, P, 2] int32: row, column
     media: np.ndarray  # [T] int32: TEXT, AUDIO or VISION
@@ -90,9 +90,9 @@ class Example:
         return Bucket(len(self.tokens), len(self.audio_chunks), len(self.audio_pairs), *self.patch_mask.shape)
 
     def without(self, *, audio: bool, video: bool) -> Example:
-        """This row with sound turned to silence, or pictures to even grey (0 after normalisation); their places and its size stay."""
+        """This row with sound turned to silence, or pictures to even grey; their places and its size stay."""
         chunks = np.full_like(self.audio_chunks, SILENCE) if audio else self.audio_chunks
-        return dataclasses.replace(self, audio_chunks=chunks, patches=np.zeros_like(self.patches) if video else self.patches)
+        return dataclasses.replace(self, audio_chunks=chunks, patches=grey_patches(self.patches) if video else self.patches)
 
 
 def build_example(
@@ -212,6 +212,10 @@ def collate_packed(rows: Sequence[Sequence[Example | None]], bucket: Bucket, con
     vision, audio = config.vision, config.audio
     if p % vision.cell_patches:
         raise ValueError(f"window_patches {p} is not a multiple of the {vision.cell_patches} patches of a cell")
+    kinds = {example.patches.dtype for examples in rows for example in examples if example is not None and example.patches.size}
+    if len(kinds) > 1:
+        raise ValueError(f"a batch takes patches of one kind, uint8 pixels or normalised ones, not {sorted(map(str, kinds))}")
+    pixels = kinds.pop() if kinds else np.uint8
     batch: Batch = {
         "tokens": np.full((count, t), config.tokens.pad, np.int32),
         "labels": np.full((count, t), IGNORED, np.int32),
@@ -223,7 +227,7 @@ def collate_packed(rows: Sequence[Sequence[Example | None]], bucket: Bucket, con
         "audio_chunks": np.zeros((count, a, audio.chunk_frames, audio.num_mel_bins), np.float32),
         "audio_frames": np.zeros((count, a), np.int32),
         "audio_pairs": np.zeros((count, na, 2), np.int32),
-        "patches": np.zeros((count, f, w, p, vision.patch_dim), np.float32),
+        "patches": np.zeros((count, f, w, p, vision.patch_dim), pixels),
         "patch_mask": np.zeros((count, f, w, p), bool),
         "patch_coords": np.zeros((count, f, w, p, 2), np.int32),
         "row_mask": np.zeros((count, s), bool),

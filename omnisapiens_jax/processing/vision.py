@@ -1,4 +1,8 @@
-"""From RGB frames to what the vision encoder takes: resized, normalised, cut into patches and laid out in attention windows."""
+"""From RGB frames to what the vision encoder takes: resized, cut into patches and laid out in attention windows.
+
+Pixels stay bytes: resizing rounds to them anyway, and they take a quarter of the memory and of the way to the device. The encoder
+normalises them.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +12,8 @@ import math
 import numpy as np
 from PIL import Image
 
-from omnisapiens_jax.models.config import VisionConfig
+from omnisapiens_jax.models.config import PIXEL_MEAN, VisionConfig
 
-MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
-STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
 MAX_ASPECT = 200
 
 
@@ -19,8 +21,8 @@ MAX_ASPECT = 200
 class VisionLayout:
     """The images and videos of one row in window order.
 
-    `patches` `[F, W, P, patch_dim]` float32, `mask` `[F, W, P]` bool, `coords` `[F, W, P, 2]` int32 (row, column in patches), and `slots`
-    `[cells, 3]` int32: (frame, window, cell) of every decoder token in reading order.
+    `patches` `[F, W, P, patch_dim]` uint8 (float32 where normalised ones were laid out), `mask` `[F, W, P]` bool, `coords` `[F, W, P, 2]`
+    int32 (row, column in patches), and `slots` `[cells, 3]` int32: (frame, window, cell) of every decoder token in reading order.
     """
 
     patches: np.ndarray
@@ -55,7 +57,7 @@ def grid_of(frames: int, height: int, width: int, config: VisionConfig, *, min_p
 
 
 def patchify(frames: np.ndarray, config: VisionConfig, *, min_pixels: int, max_pixels: int) -> tuple[np.ndarray, tuple[int, int, int]]:
-    """Patches `[t * h * w, patch_dim]` float32 of uint8 RGB `frames` `[n, H, W, 3]`, and the grid (t, h, w).
+    """Patches `[t * h * w, patch_dim]` uint8 of uint8 RGB `frames` `[n, H, W, 3]`, and the grid (t, h, w).
 
     The last frame is repeated to fill the last temporal patch, so a still is its frame twice. The patches of one cell (2 x 2) are
     adjacent; a patch is flattened as (channel, time, row, column).
@@ -66,19 +68,21 @@ def patchify(frames: np.ndarray, config: VisionConfig, *, min_pixels: int, max_p
     if missing := steps * time - len(pixels):
         pixels = np.concatenate([pixels, np.repeat(pixels[-1:], missing, axis=0)])
     blocks = pixels.reshape(steps, time, h // merge, merge, size, w // merge, merge, size, 3)
-    # (step, time, cell row, in-cell row, y, cell column, in-cell column, x, channel) -> patches in cell order, channel first. Moved as
-    # bytes, which is a quarter of the work, and normalised where they then lie.
-    patches = blocks.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7).reshape(steps * h * w, 3, -1).astype(np.float32)
-    patches /= np.float32(255.0)
-    patches -= MEAN[:, None]
-    patches /= STD[:, None]
-    return patches.reshape(len(patches), -1), grid
+    # (step, time, cell row, in-cell row, y, cell column, in-cell column, x, channel) -> patches in cell order, channel first
+    return blocks.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7).reshape(steps * h * w, -1), grid
 
 
 def black_patches(grid: tuple[int, int, int], config: VisionConfig) -> np.ndarray:
-    """Patches `[t * h * w, patch_dim]` float32 of black frames: what `patchify` gives for zeros."""
-    patch = np.repeat((np.float32(0.0) - MEAN) / STD, config.patch_dim // 3)  # a patch is flattened channel first
-    return np.tile(patch, (math.prod(grid), 1))
+    """Patches `[t * h * w, patch_dim]` uint8 of black frames: what `patchify` gives for zeros."""
+    return np.zeros((math.prod(grid), config.patch_dim), np.uint8)
+
+
+def grey_patches(patches: np.ndarray) -> np.ndarray:
+    """Patches `[..., patch_dim]` of the same shape and kind that show nothing: the grey that is 0 once normalised, to the nearest byte."""
+    if patches.dtype != np.uint8:
+        return np.zeros_like(patches)
+    grey = np.rint(255 * PIXEL_MEAN).astype(np.uint8)
+    return np.broadcast_to(np.repeat(grey, patches.shape[-1] // len(grey)), patches.shape).copy()  # a patch is flattened channel first
 
 
 def window_slots(rows: int, columns: int, side: int) -> tuple[np.ndarray, int, int]:
@@ -96,14 +100,14 @@ def window_slots(rows: int, columns: int, side: int) -> tuple[np.ndarray, int, i
 def layout_vision(items: list[tuple[np.ndarray, tuple[int, int, int]]], config: VisionConfig) -> VisionLayout:
     """Lays out the `(patches, grid)` of a row's images and videos, in reading order, frame by frame and window by window.
 
-    W and P are the smallest that hold every frame of the row.
+    W and P are the smallest that hold every frame of the row. Patches are uint8, or all of them normalised float32.
     """
     merge, per_cell = config.spatial_merge_size, config.cell_patches
     plans = [(grid, *window_slots(grid[1] // merge, grid[2] // merge, config.window_cells)) for _, grid in items]
     total = sum(grid[0] for grid, *_ in plans)
     windows = max((count for _, _, count, _ in plans), default=0)
     cells = max((largest for *_, largest in plans), default=0)
-    patches = np.zeros((total, windows, cells, per_cell, config.patch_dim), np.float32)
+    patches = np.zeros((total, windows, cells, per_cell, config.patch_dim), items[0][0].dtype if items else np.uint8)
     mask = np.zeros((total, windows, cells, per_cell), bool)
     coords = np.zeros((total, windows, cells, per_cell, 2), np.int32)
     slots = [np.zeros((0, 3), np.int32)]

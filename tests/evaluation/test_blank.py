@@ -31,6 +31,8 @@ def test_a_blanked_batch_keeps_its_shape_and_the_other_modality() -> None:
         changed = blank(batch, modality)
         assert changed[key].shape == batch[key].shape and (changed[key] == value).all()
         assert all(changed[name] is batch[name] for name in batch if name != key)
+    pixels = blank({"patches": np.ones((2, 1, 1, 4, 6), np.uint8)}, "video")["patches"]
+    assert pixels.dtype == np.uint8 and (pixels == [123, 123, 117, 117, 104, 104]).all()
     with pytest.raises(ValueError, match="cannot blank 'smell'"):
         blank(batch, "smell")
 
