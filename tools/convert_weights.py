@@ -267,7 +267,9 @@ def _parser() -> argparse.ArgumentParser:
 
     def writes(made: argparse.ArgumentParser) -> None:
         made.add_argument("target", type=Path, metavar="DST", help="directory to make")
-        made.add_argument("--dry-run", action="store_true", help="check SRC and print what would go where, write nothing")
+        made.add_argument(
+            "--dry-run", action="store_true", help="check what SRC has, but not its values, and print what would go where; write nothing"
+        )
 
     for name, help, example in (
         ("import", "any checkpoint of the family -> one of ours; LoRA factors are kept beside the weights", "Qwen/Qwen2.5-Omni-7B omni-7b"),

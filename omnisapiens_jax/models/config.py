@@ -302,6 +302,7 @@ _TOKEN_SPELLINGS = {  # our field -> names on disk, the one we write first
 
 
 _LARGEST = (1 << 31) - 1  # of sizes and ids: arrays are indexed in int32
+_MOST_LAYERS = dict.fromkeys(("num_hidden_layers", "encoder_layers", "depth"), 1000)  # every layer's tensors are listed by name
 
 
 def _need(config: Mapping[str, Any], part: str, name: str) -> Any:
@@ -318,8 +319,9 @@ def _part(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 
 def _whole(config: Mapping[str, Any], part: str, name: str, *, least: int = 1, default: int | None = None) -> int:
     value = _need(config, part, name) if default is None else config.get(name, default)
-    if type(value) is not int or not least <= value <= _LARGEST:
-        raise ValueError(f"config.json: {part} has {name} {value!r:.80}, not a whole number from {least} to {_LARGEST:,}")
+    most = _MOST_LAYERS.get(name, _LARGEST)
+    if type(value) is not int or not least <= value <= most:
+        raise ValueError(f"config.json: {part} has {name} {value!r:.80}, not a whole number from {least} to {most:,}")
     return value
 
 

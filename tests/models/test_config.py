@@ -33,6 +33,7 @@ def changed(field: str, value: Any) -> dict[str, Any]:
     ("field", "values"),
     [
         *((field, SIZES) for field in WHOLE),
+        *((field, (1_000_000,)) for field in ("text_config.num_hidden_layers", "audio_config.encoder_layers", "vision_config.depth")),
         ("text_config.rms_norm_eps", NUMBERS),
         ("text_config.rope_theta", NUMBERS),
         ("text_config.rope_scaling.mrope_section", (None, 3, "abc", [2, "3", 4], [1.5, 2, 3], [-1, 4, 6])),
