@@ -23,10 +23,12 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 
 import jax
@@ -39,12 +41,13 @@ from rich.text import Text
 from omnisapiens_jax.convert import checkpoint, huggingface, peft, verify
 from omnisapiens_jax.convert.hub import resolve
 from omnisapiens_jax.convert.kinds import open_source
+from omnisapiens_jax.convert.names import Mapping as Row
 from omnisapiens_jax.convert.names import lora_mappings, mappings
-from omnisapiens_jax.convert.parts import ADAPTERS, HEADS
+from omnisapiens_jax.convert.parts import ADAPTERS, HEADS, OURS
 from omnisapiens_jax.convert.source import FLOATS, Source
 from omnisapiens_jax.convert.source import Progress as Report
 from omnisapiens_jax.convert.unfinished import Journal, refuse_existing, whole_or_nothing
-from omnisapiens_jax.processing.tensors import nbytes
+from omnisapiens_jax.processing.tensors import Tensor, nbytes, some
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -57,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return options.run(options, console)
     except (ValueError, OSError, KeyboardInterrupt) as reason:  # a checkpoint that is not what it should be; a disk that is full
         why = [str(reason) or "interrupted", *getattr(reason, "__notes__", [])]
-        console.print(Text.assemble(("Not done: ", "red"), ". ".join(why)))
+        console.print(Text.assemble(("Not done: ", "red"), _plain(". ".join(why))))
         return 1
 
 
@@ -70,11 +73,13 @@ def _import(options: argparse.Namespace, console: Console) -> int:
             raise ValueError(f"{options.source} has no LoRA factors to merge")
         source = source.merged()
     _tell(source, console)
+    dtype = options.dtype and FLOATS[options.dtype]
+    arrays = checkpoint.arrays(source, dtype)
     if options.dry_run:
-        _plan(source, console)
+        _plan_import(source, arrays, console)
         return 0
-    with _writing(options, _files(source), console) as (folder, journal, progress):
-        manifest = checkpoint.write_checkpoint(source, folder, journal, dtype=options.dtype and FLOATS[options.dtype], progress=progress)
+    with _writing(options, source.files, console) as (folder, journal, progress):
+        manifest = checkpoint.write_checkpoint(source, folder, journal, dtype=dtype, progress=progress)
         companions = huggingface.copy_companions(source.companions, folder)
     kept = f", LoRA of rank {source.lora.config.rank}" if source.lora else ""
     _done(options.target, f"{manifest['parameters']:,} parameters in {', '.join(manifest['dtypes'])}{kept}", companions, console)
@@ -87,6 +92,8 @@ def _export(options: argparse.Namespace, console: Console) -> int:
         raise ValueError("--peft writes the LoRA factors alone, in one file: it goes with neither --omni nor --shard-size")
     source = _open(options)
     source.check()
+    if options.peft:
+        source = peft.alone(source)
     _tell(source, console)
     if source.lora is None and (options.merge or options.peft):
         raise ValueError(f"{options.source} has no LoRA factors")
@@ -95,20 +102,25 @@ def _export(options: argparse.Namespace, console: Console) -> int:
     if options.merge:
         source = source.merged()
     omni = resolve(options.omni) if options.omni else None
+    shard_bytes = int(options.shard_size * 1e9) if options.shard_size else huggingface.SHARD_BYTES
+    layout = None if options.shard_size else checkpoint.file_layout(source.path)
+    if options.peft:
+        files = peft.adapter_files(source)
+    elif omni:
+        files = huggingface.omni_files(source, omni)
+    else:
+        files = huggingface.thinker_files(source, shard_bytes=shard_bytes, layout=layout)
     if options.dry_run:
-        _plan(source, console, factors_alone=options.peft)
+        _plan_export(source, files, omni, console)
         return 0
-    files = _files(source) | ({tensor.file for tensor in huggingface.stored_tensors(omni).values()} if omni else set())
-    with _writing(options, files, console) as (folder, journal, progress):
+    read = source.files | {stored.file for _, tensor in files.values() for stored in tensor.made_of}
+    with _writing(options, read | set(huggingface.settings(omni) if omni else ()), console) as (folder, journal, progress):
         if options.peft:
             peft.write_adapter(source, folder, journal, progress=progress)
+        elif omni:
+            huggingface.write_omni(source, omni, folder, journal, progress=progress)
         else:
-            if omni:
-                huggingface.write_omni(source, omni, folder, journal, progress=progress)
-            else:
-                shard_bytes = int(options.shard_size * 1e9) if options.shard_size else huggingface.SHARD_BYTES
-                layout = None if options.shard_size else checkpoint.file_layout(source.path)
-                huggingface.write_thinker(source, folder, journal, shard_bytes=shard_bytes, layout=layout, progress=progress)
+            huggingface.write_thinker(source, folder, journal, shard_bytes=shard_bytes, layout=layout, progress=progress)
         companions = huggingface.copy_companions(source.companions, folder)
         parts = [file for file in (HEADS, ADAPTERS) if (folder / file).is_file()]
     what = "LoRA factors for PEFT" if options.peft else "a full Omni model" if omni else "a thinker"
@@ -121,7 +133,7 @@ def _inspect(options: argparse.Namespace, console: Console) -> int:
     _tell(source, console)
     factors = source.lora.factors if source.lora else {}
     rows = (
-        (name, str(tensor.dtype), " x ".join(map(str, tensor.shape)), tensor.file.name)
+        (name, str(tensor.dtype), _by(tensor.shape), tensor.file.name)
         for name, tensor in (*source.tensors.items(), *factors.items(), *source.parts.items())
     )
     _print_table(("tensor", "dtype", "shape", "file"), rows)
@@ -141,17 +153,16 @@ def _open(options: argparse.Namespace) -> Source:
     return open_source(options.source, base=options.base, lora_alpha=options.lora_alpha)
 
 
-def _files(source: Source) -> set[Path]:
-    factors = source.lora.factors if source.lora else {}
-    return {tensor.file for tensor in (*source.tensors.values(), *factors.values(), *source.parts.values())}
-
-
 @contextmanager
 def _writing(options: argparse.Namespace, files: set[Path], console: Console) -> Iterator[tuple[Path, Journal, Report]]:
     """The unfinished DST, what of it is done already, and where to report what is."""
-    # What makes two conversions the same: the settings, and what is read by size and time.
+    # What makes two conversions the same: the program, its options, and everything that is read, by size and time.
     stats = {str(file): [(stat := file.stat()).st_size, stat.st_mtime_ns] for file in sorted(files)}
-    facts = {"options": {key: str(value) for key, value in vars(options).items() if key != "run"}, "files": stats}
+    facts = {
+        "version": [version("omnisapiens-jax"), checkpoint.VERSION],
+        "options": {key: str(value) for key, value in vars(options).items() if key != "run"},
+        "files": stats,
+    }
     with whole_or_nothing(options.target, facts) as (folder, journal), _progress(console) as progress:
         if journal.done:
             console.print(f"going on where it stopped: {len(journal.done)} {'files' if options.run is _export else 'tensors'} are there")
@@ -159,32 +170,69 @@ def _writing(options: argparse.Namespace, files: set[Path], console: Console) ->
 
 
 def _tell(source: Source, console: Console) -> None:
-    console.print(f"{source.path} is {source.kind}: {len(source.tensors)} tensors, {nbytes(source.tensors.values()) / 1e9:,.2f} GB")
+    def tell(text: str) -> None:
+        console.print(_plain(text))
+
+    tell(f"{source.path} is {source.kind}: {len(source.tensors)} tensors, {nbytes(source.tensors.values()) / 1e9:,.2f} GB")
     if source.lora:
         lora = source.lora.config
         targets = "; ".join(f"{tower}: {', '.join(names)}" for tower, names in lora.targets.items())
-        console.print(f"LoRA of rank {lora.rank}, alpha {lora.alpha:g}, scale {lora.scale:g}, on {targets}")
+        tell(f"LoRA of rank {lora.rank}, alpha {lora.alpha:g}, scale {lora.scale:g}, on {targets}")
     for part, count in Counter(name.split(".")[0] for name in source.parts).items():
-        console.print(f"{part}: {count} tensors")
-    for part, count in huggingface.skipped_parts(source).items():
-        console.print(f"left behind: {count} tensors of the {part}")
+        tell(f"{part}: {count} tensors")
+    for why in dict.fromkeys(skipped.why for skipped in source.skipped):
+        names = [skipped.name for skipped in source.skipped if skipped.why == why]
+        tell(f"left behind: {len(names)} tensors ({why}): {some(names, 3)}")
 
 
-def _plan(source: Source, console: Console, *, factors_alone: bool = False) -> None:
+def _plan(
+    source: Source,
+    rows: Iterable[tuple[Row, str]],
+    place: Callable[[str], str],
+    files: Iterable[tuple[str, str]],
+    beside: Iterable[Path],
+    console: Console,
+) -> None:
+    """What would be written: the rows of the name table and their dtypes, heads and adapters at their `place`, `files`, and companions."""
     console.print("this is the plan; nothing is written")
-    rows, tensors = () if factors_alone else mappings(source.config), source.tensors
-    if source.lora:
-        rows, tensors = (*rows, *lora_mappings(source.config, source.lora.config)), {**tensors, **source.lora.factors}
-    dtypes = (", ".join(sorted({str(tensors[name].dtype) for name in row.their_names})) for row in rows)
-    shapes = (" x ".join(map(str, row.shape)) for row in rows)
-    columns = (row.theirs for row in rows), (".".join(row.ours) for row in rows), shapes, dtypes
-    _print_table(("theirs", "ours", "shape", "dtype"), zip(*columns, strict=True))
+    lines = [(row.theirs, ".".join(row.ours), _by(row.shape), dtype) for row, dtype in rows]
+    lines += [(name, place(name), _by(tensor.shape), str(tensor.dtype)) for name, tensor in source.parts.items()]
+    left = Counter((re.sub(r"(?<=\.)\d+(?=\.)", "{}", skipped.name), skipped.why) for skipped in source.skipped)
+    lines += [(name, f"left behind: {why}", f"{count} tensors", "") for (name, why), count in left.items()]
+    _print_table(("theirs", "ours", "shape", "dtype"), lines)
+    held = Counter(map(place, source.parts))
+    copied = {name: f"copied from {folder}" for folder in beside for name in huggingface.companions(folder)}
+    _print_table(("file", "what is in it"), [*files, *((file, f"{count} tensors") for file, count in held.items()), *copied.items()])
+
+
+def _plan_import(source: Source, arrays: Sequence[checkpoint.Array], console: Console) -> None:
+    rows = [(array.row, str(array.dtype)) for array in arrays]
+    trees = Counter(array.tree for array in arrays)
+    files = [(f"{tree}/", f"{count} arrays") for tree, count in trees.items()]
+    _plan(source, rows, lambda _: OURS, files, [source.companions], console)
+
+
+def _plan_export(source: Source, files: huggingface.Files, omni: Path | None, console: Console) -> None:
+    rows, tensors = (*mappings(source.config),), source.tensors
+    if source.lora:  # which goes out alone
+        rows, tensors = lora_mappings(source.config, source.lora.config), source.lora.factors
+    dtypes = [(row, ", ".join(sorted({str(tensors[name].dtype) for name in row.their_names}))) for row in rows]
+    held: dict[str, list[Tensor]] = {}
+    for file, tensor in files.values():
+        held.setdefault(file, []).append(tensor)
+    sizes = [(file, f"{len(inside)} tensors, {nbytes(inside) / 1e9:,.2f} GB") for file, inside in held.items()]
+    beside = [source.companions] if omni is None else [omni, source.companions]
+    _plan(source, dtypes, lambda name: HEADS if name.startswith("heads.") else ADAPTERS, sizes, beside, console)
+
+
+def _by(shape: Iterable[int]) -> str:
+    return " x ".join(map(str, shape))
 
 
 def _print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     table = Table(*columns)
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(_plain, row))
     Console(width=None if sys.stdout.isatty() else 200, markup=False, highlight=False).print(table)
 
 
@@ -197,7 +245,7 @@ def _progress(console: Console) -> Iterator[Report]:
     columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(), TextColumn("{task.description}", markup=False))
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("", total=None)
-        yield lambda name, done, total: bar.update(task, description=name, completed=done, total=total)
+        yield lambda name, done, total: bar.update(task, description=_plain(name), completed=done, total=total)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -215,11 +263,13 @@ def _parser() -> argparse.ArgumentParser:
             "--base", metavar="DIR", help="where to find what SRC lacks, likewise named: config.json, and for a PEFT adapter the weights"
         )
         alpha = "of the LoRA factors in a trainer's state dict, which does not say it (default: twice the rank)"
-        made.add_argument("--lora-alpha", type=float, metavar="ALPHA", help=alpha)
+        made.add_argument("--lora-alpha", type=_positive, metavar="ALPHA", help=alpha)
 
     def writes(made: argparse.ArgumentParser) -> None:
         made.add_argument("target", type=Path, metavar="DST", help="directory to make")
-        made.add_argument("--dry-run", action="store_true", help="check SRC and print what would go where, write nothing")
+        made.add_argument(
+            "--dry-run", action="store_true", help="check what SRC has, but not its values, and print what would go where; write nothing"
+        )
 
     for name, help, example in (
         ("import", "any checkpoint of the family -> one of ours; LoRA factors are kept beside the weights", "Qwen/Qwen2.5-Omni-7B omni-7b"),
@@ -261,9 +311,18 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _positive(text: str) -> float:
-    if not 0 < (number := float(text)) < math.inf:
-        raise ValueError
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number above 0")
     return number
+
+
+def _plain(text: str) -> str:
+    """Without what would steer a terminal: names in files may be anything."""
+    return "".join(character if character.isprintable() or character == "\n" else repr(character)[1:-1] for character in text)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import json
 import math
 import shutil
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -30,20 +30,21 @@ import orbax.checkpoint as ocp
 import tensorstore
 from flax import traverse_util
 
-from omnisapiens_jax.convert.huggingface import read_config
+from omnisapiens_jax.convert.huggingface import is_plain, read_config
 from omnisapiens_jax.convert.names import Mapping as Row
 from omnisapiens_jax.convert.names import lora_mappings, mappings
-from omnisapiens_jax.convert.parts import write_parts
+from omnisapiens_jax.convert.parts import OURS, write_parts
 from omnisapiens_jax.convert.source import Lora, Params, Progress, Source, check_one_dtype, check_params, params_source
 from omnisapiens_jax.convert.unfinished import Journal, flush, whole_or_nothing
 from omnisapiens_jax.models.config import ThinkerConfig
 from omnisapiens_jax.models.layers import LoraConfig, LoraParam
 from omnisapiens_jax.models.thinker import Thinker
-from omnisapiens_jax.processing.tensors import ConversionError, Tensor, as_bytes, blocks, read_finite, some
+from omnisapiens_jax.processing.tensors import ConversionError, Tensor, as_bytes, blocks, origin, read_finite, read_safetensors, some
 
 FORMAT = "omnisapiens-jax thinker"
 VERSION = 2
 MANIFEST = "manifest.json"
+TREES = ("params", "lora")
 CHUNK_BYTES = 32 << 20  # of a file of the checkpoint, and what is read at once
 THREADS = 2  # one waits for the disk while the other hashes; each holds a few chunks
 
@@ -63,13 +64,8 @@ def write_checkpoint(
     Raises:
       ConversionError: a tensor cannot be read, holds values that are not finite, or layers that are stacked differ in dtype.
     """
-    rows = mappings(source.config)
-    check_one_dtype(source, rows, source.tensors, dtype)
-    if source.lora is not None:
-        check_one_dtype(source, lora_mappings(source.config, source.lora.config), source.lora.factors, None)
-    jobs = list(_jobs(folder / "params", rows, source.tensors, dtype))
-    if source.lora is not None:
-        jobs += _jobs(folder / "lora", lora_mappings(source.config, source.lora.config), source.lora.factors, None)
+    made = arrays(source, dtype)
+    jobs = [job for tree in TREES for job in _jobs(folder / tree, [array for array in made if array.tree == tree])]
     left = [job for job in jobs if job.key not in journal.done]
     total = sum(job.nbytes for job in jobs)
     done, counting = total - sum(job.nbytes for job in left), threading.Lock()
@@ -89,13 +85,11 @@ def write_checkpoint(
     manifest = {
         "format": FORMAT,
         "version": VERSION,
-        "kind": source.kind,
-        "source": str(source.path),
-        "parameters": sum(math.prod(row.shape) for row in rows),
+        **source.receipt(),
+        "parameters": sum(math.prod(array.row.shape) for array in made if array.tree == "params"),
         "dtypes": sorted({record["dtype"] for record in records if record["tree"] == "params"}),
         "lora": None if source.lora is None else dataclasses.asdict(source.lora.config),
         "tensors": records,
-        "skipped": [dataclasses.asdict(skipped) for skipped in source.skipped],
     }
     (folder / "config.json").write_text(json.dumps(source.config.to_hf(), indent=2))
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
@@ -103,62 +97,91 @@ def write_checkpoint(
 
 
 @dataclasses.dataclass(frozen=True)
+class Array:
+    """An array of a checkpoint of ours: all tensors of a row of the name table, in one dtype."""
+
+    tree: str  # of `TREES`
+    row: Row
+    dtype: np.dtype
+    tensors: Mapping[str, Tensor]
+
+
+def arrays(source: Source, dtype: np.dtype | None = None) -> list[Array]:
+    """What a checked source becomes; see `write_checkpoint`.
+
+    Raises:
+      ConversionError: layers that are stacked differ in dtype, and none is named.
+    """
+    trees = [("params", mappings(source.config), source.tensors, dtype)]
+    if source.lora is not None:
+        trees.append(("lora", lora_mappings(source.config, source.lora.config), source.lora.factors, None))
+    found = []
+    for tree, rows, tensors, chosen in trees:
+        check_one_dtype(source, rows, tensors, chosen)
+        found += [Array(tree, row, chosen or tensors[row.their_names[0]].dtype, tensors) for row in rows]
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
 class _Job:
     """One tensor of theirs on its way to its place in an array of ours."""
 
-    tree: str
-    row: Row
+    array: Array
     layer: int
-    tensor: Tensor
-    dtype: np.dtype
     store: Any
 
     @property
     def key(self) -> str:
-        return self.row.their_names[self.layer]
+        return self.array.row.their_names[self.layer]
+
+    @property
+    def tensor(self) -> Tensor:
+        return self.array.tensors[self.key]
 
     @property
     def nbytes(self) -> int:
-        return math.prod(self.row.their_shape) * self.dtype.itemsize
+        return math.prod(self.array.row.their_shape) * self.array.dtype.itemsize
 
     def run(self) -> dict[str, Any]:
-        digest = hashlib.sha256()
-        for start, stop in blocks(self.row.their_shape, self.dtype.itemsize, CHUNK_BYTES):
-            values = read_finite(self.tensor, start, stop, self.dtype)
+        row, dtype, digest = self.array.row, self.array.dtype, hashlib.sha256()
+        for start, stop in blocks(row.their_shape, dtype.itemsize, CHUNK_BYTES):
+            values = read_finite(self.tensor, start, stop, dtype)
             digest.update(as_bytes(values))
-            part = self.store[self.row.place(self.layer, start, stop)]
+            part = self.store[row.place(self.layer, start, stop)]
             try:  # the file is on disk, fsync and all, when the write is done
-                part.write(self.row.to_ours(values), can_reference_source_data_indefinitely=True).result()
+                part.write(row.to_ours(values), can_reference_source_data_indefinitely=True).result()
             except ValueError as reason:
                 raise OSError(f"{self.key} cannot be written: {reason}") from reason
         return {
             "name": self.key,
-            "stored_name": self.tensor.name,
             "file": self.tensor.file.name,
-            "tree": self.tree,
-            "path": ".".join(self.row.ours),
-            "layer": None if self.row.layers is None else self.layer,
-            "shape": list(self.row.their_shape),
-            "dtype": str(self.dtype),
+            **origin(self.tensor),
+            "tree": self.array.tree,
+            "path": ".".join(row.ours),
+            "layer": None if row.layers is None else self.layer,
+            "shape": list(row.their_shape),
+            "dtype": str(dtype),
             "sha256": digest.hexdigest(),
         }
 
 
-def _jobs(folder: Path, rows: tuple[Row, ...], tensors: Mapping[str, Tensor], dtype: np.dtype | None) -> Iterator[_Job]:
-    chosen = {row.ours: dtype or tensors[row.their_names[0]].dtype for row in rows}
-    if not folder.exists():
-        _make_tree(folder, rows)
-    stores = [_create(folder, row, chosen[row.ours]) for row in rows]
+def _jobs(folder: Path, mine: Sequence[Array]) -> Iterator[_Job]:
+    if not mine:
+        return
+    _make_tree(folder, [array.row for array in mine])
+    stores = [_create(folder, array.row, array.dtype) for array in mine]
     flush(folder)
-    for row, store in zip(rows, stores, strict=True):
-        for layer, name in enumerate(row.their_names):
-            yield _Job(folder.name, row, layer, tensors[name], chosen[row.ours], store)
+    for array, store in zip(mine, stores, strict=True):
+        for layer in range(len(array.row.their_names)):
+            yield _Job(array, layer, store)
 
 
-def _make_tree(folder: Path, rows: tuple[Row, ...]) -> None:
+def _make_tree(folder: Path, rows: Sequence[Row]) -> None:
     """An Orbax tree whose arrays are still to be made: Orbax writes its own metadata, which do not depend on the arrays' shapes."""
     scratch = folder.with_name(f"{folder.name}.new")
     shutil.rmtree(scratch, ignore_errors=True)  # of a run that was killed here; Orbax makes more than one directory
+    if folder.exists():
+        return
     tree = traverse_util.unflatten_dict({row.ours: np.zeros(()) for row in rows})
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False)) as writer:
         writer.save(scratch / folder.name, args=ocp.args.PyTreeSave(tree))
@@ -207,8 +230,13 @@ def save_params(target: str | Path, params: Params, config: ThinkerConfig) -> No
         write_checkpoint(source, folder, journal)
 
 
+def is_ours(path: Path) -> bool:
+    """Whether a directory is a checkpoint of ours, by its files: others may have a manifest of their own."""
+    return (path / MANIFEST).is_file() and (path / "params").is_dir()
+
+
 def load_manifest(source: str | Path) -> dict[str, Any]:
-    """The receipt of a checkpoint of ours. Raises ConversionError when there is none, or of another version."""
+    """The receipt of a checkpoint of ours. Raises ConversionError when there is none, or it is broken, or of another version."""
     manifest = Path(source) / MANIFEST
     if not manifest.is_file():
         raise ConversionError(f"{source} is no checkpoint of ours (no {MANIFEST}); tools/convert_weights.py import {source} DIR makes one")
@@ -219,38 +247,67 @@ def load_manifest(source: str | Path) -> dict[str, Any]:
         raise ConversionError(f"{manifest} is broken ({reason!r}); import the checkpoint again") from reason
     if found != (FORMAT, VERSION):
         raise ConversionError(f"{manifest} is {found[0]!r} version {found[1]!r}, not {FORMAT!r} {VERSION}; import the checkpoint again")
+    if wrong := next(_amiss(described), None):
+        raise ConversionError(f"{manifest} is broken ({wrong}); import the checkpoint again")
     return described
+
+
+_SAID: dict[str, Any] = {"kind": str, "lora": dict | None, "tensors": list, "skipped": list}
+_SAID_OF_EACH = {"tensors": ("name", "file", "tree", "sha256"), "skipped": ("name", "file", "why")}
+
+
+def _amiss(described: Mapping[str, Any]) -> Iterator[str]:
+    """What is wrong with a receipt, one after the other."""
+    yield from (f"it does not say {key}" for key, kind in _SAID.items() if not isinstance(described.get(key, ...), kind))
+    for key, wanted in _SAID_OF_EACH.items():
+        for record in described[key]:
+            if not isinstance(record, dict) or not all(isinstance(record.get(said), str) for said in wanted):
+                yield f"in {key}, {record!r:.80} does not say {', '.join(wanted)}"
+            elif not is_plain(record["file"]):
+                yield f"{record['name']} lies in {record['file']!r}, which is no name of a file"
 
 
 def load_config(source: str | Path) -> ThinkerConfig:
     """The model's shapes, from a checkpoint of ours."""
-    load_manifest(source)
-    return read_config(Path(source))
+    return read_config(Path(source), {record["name"] for record in load_manifest(source)["tensors"]})
 
 
 def load_lora_config(source: str | Path) -> LoraConfig | None:
     """The LoRA that lies beside the weights of a checkpoint of ours, if any."""
     described = load_manifest(source)["lora"]
-    return described and LoraConfig(**described | {"targets": {tower: tuple(names) for tower, names in described["targets"].items()}})
+    try:
+        return described and LoraConfig(**described | {"targets": {tower: tuple(names) for tower, names in described["targets"].items()}})
+    except (ValueError, TypeError, KeyError, AttributeError) as reason:
+        raise ConversionError(f"{Path(source) / MANIFEST} describes no LoRA ({reason!r}); import the checkpoint again") from reason
 
 
 def file_layout(source: Path) -> dict[str, str] | None:
     """The file that every tensor of a checkpoint of ours came from, if from files of a thinker alone: an export can give them again."""
-    if not (source / MANIFEST).is_file():
+    if not is_ours(source):
         return None
     manifest = load_manifest(source)
     files = {record["name"]: record["file"] for record in manifest["tensors"] if record["tree"] == "params"}
-    return files if not manifest["skipped"] and all(file.endswith(".safetensors") for file in files.values()) else None
+    whole = {skipped["file"] for skipped in manifest["skipped"]}.isdisjoint(files.values())
+    return files if whole and all(file.endswith(".safetensors") for file in files.values()) else None
 
 
 def open_checkpoint(path: str | Path) -> Source:
-    """A checkpoint of ours as a source: tensors by Hugging Face's names, read from the arrays that hold them."""
+    """A checkpoint of ours as a source: tensors by Hugging Face's names, read from the arrays that hold them.
+
+    Raises:
+      ConversionError: it is none, or something that its receipt names is not there.
+    """
     path = Path(path)
     manifest, config, lora = load_manifest(path), load_config(path), load_lora_config(path)
     tensors = stored_tensors(mappings(config), path / "params", lambda place: _spec(path / "params", place))
     rows = () if lora is None else lora_mappings(config, lora)
     factors = lora and Lora(lora, stored_tensors(rows, path / "lora", lambda place: _spec(path / "lora", place)))
-    return Source(path, f"a checkpoint of ours, from {manifest['kind']}", config, tensors, factors, {}, (), path)
+    parts = read_safetensors(path / OURS) if (path / OURS).is_file() else {}
+    found = {*tensors, *(factors.factors if factors else ()), *parts}
+    if wrong := sorted(found ^ {record["name"] for record in manifest["tensors"]}):
+        raise ConversionError(f"{path / MANIFEST} and the files beside it disagree about {some(wrong)}; import the checkpoint again")
+    kind, settings = f"a checkpoint of ours, from {manifest['kind']}", (path / MANIFEST, path / "config.json")
+    return Source(path, kind, config, tensors, factors, parts, (), path, settings)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -262,6 +319,10 @@ class _OurTensor:
     row: Row
     layer: int
     store: Any
+
+    @property
+    def made_of(self) -> tuple[Tensor, ...]:
+        return (self,)
 
     @property
     def dtype(self) -> np.dtype:
@@ -278,7 +339,8 @@ class _OurTensor:
         try:
             read = (values.transpose([1, 0]) if turned else values).read().result()
         except ValueError as reason:
-            raise ConversionError(f"{self.file}: {self.name} cannot be read ({reason})") from reason
+            said = f"{self.file}: {self.name} cannot be read ({reason})"
+            raise OSError(said) if "os_error_code" in str(reason) else ConversionError(said) from reason
         return read.reshape(-1, *self.shape[1:]) if turned else np.ascontiguousarray(self.row.to_theirs(read))
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
 
+from omnisapiens_jax.convert.huggingface import VOICES
 from omnisapiens_jax.processing.tensors import ConversionError
 
 _ID = re.compile(r"[\w.-]+/[\w.-]+(?:@[\w./-]+)?")
@@ -18,6 +19,7 @@ _WANTED = (
     "*.txt",
     "*.jinja",
     "tokenizer.model",
+    VOICES,
     "heads.bin",
     "adapters.bin",
     "adapter_model.bin",

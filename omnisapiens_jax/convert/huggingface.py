@@ -6,8 +6,7 @@ import dataclasses
 import hashlib
 import json
 import shutil
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -25,6 +24,7 @@ from omnisapiens_jax.processing.tensors import (
     as_bytes,
     blocks,
     nbytes,
+    origin,
     read_finite,
     read_safetensors,
     some,
@@ -49,9 +49,12 @@ COMPANIONS = (  # what stands beside the weights and must stay with them: vocabu
     "label_scheme.json",
 )
 SPEECH = ("talker.", "token2wav.")  # the parts of a full Omni checkpoint that speak
+VOICES = "spk_dict.pt"  # what the talker speaks with, beside the weights of a full Omni model
 SHARD_BYTES = 5_000_000_000
 _READ_BYTES = 32 << 20
 _AHEAD = 3  # blocks that are read while one is written
+
+Files = Mapping[str, tuple[str, Tensor]]  # by name in a file: the file's name, and the tensor
 
 
 def open_huggingface(path: str | Path) -> Source:
@@ -61,7 +64,7 @@ def open_huggingface(path: str | Path) -> Source:
       ConversionError: a file is missing or broken, or the index and the shards disagree.
     """
     path = Path(path)
-    read_config(path)  # what is no model at all is told first
+    read_config(path, ())  # what is no model at all is told first
     stored = stored_tensors(path)
     prefixed = any(name.startswith(PREFIX) for name in stored)
     tensors: dict[str, Tensor] = {}
@@ -73,21 +76,30 @@ def open_huggingface(path: str | Path) -> Source:
             # In a prefixed checkpoint a name without the prefix is none of the thinker's, so it keeps a form no row of the table has.
             bare = name.removeprefix(PREFIX) if name.startswith(PREFIX) or not prefixed else f"(no {PREFIX}) {name}"
             tensors[bare] = tensor
-    config = read_config(path, tie_head="lm_head.weight" not in tensors)
     kind = "a full Omni model of Hugging Face" if prefixed else "a thinker of Hugging Face"
-    return Source(path, kind, config, tensors, None, {}, tuple(skipped), path)
+    return Source(path, kind, read_config(path, tensors), tensors, None, {}, tuple(skipped), path, settings(path))
 
 
-def read_config(path: Path, *, tie_head: bool | None = None) -> ThinkerConfig:
-    """The shapes that a directory's `config.json` says. Raises ConversionError when it is missing or not a thinker's."""
+def settings(path: Path) -> tuple[Path, ...]:
+    """Those files of a directory that say what its tensors mean."""
+    return tuple(path / name for name in ("config.json", INDEX) if (path / name).is_file())
+
+
+def read_config(path: Path, stored: Container[str]) -> ThinkerConfig:
+    """The shapes that a directory's `config.json` says, of a model that has the tensors `stored`: with a head of its own if that is there.
+
+    Raises:
+      ConversionError: it is missing or not a thinker's.
+    """
     if not path.is_dir():
         raise ConversionError(f"{path} is not a directory. It must hold config.json and {SINGLE} or {INDEX}")
     if not (path / "config.json").is_file():
         raise ConversionError(f"{path} has no config.json")
     try:
-        return ThinkerConfig.from_hf(path, tie_head=tie_head)
+        config = ThinkerConfig.from_hf(path)
     except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as reason:
         raise ConversionError(f"{path / 'config.json'} does not describe a thinker ({reason})") from reason
+    return dataclasses.replace(config, tie_head=config.tie_head and "lm_head.weight" not in stored)
 
 
 def stored_tensors(path: Path) -> dict[str, Tensor]:
@@ -118,9 +130,21 @@ def _index(path: Path) -> dict[str, str]:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as reason:
         raise ConversionError(f"{path} is no index of shards ({reason!r})") from reason
     for name, file in listed:
-        if not isinstance(file, str) or Path(file).name != file or not file:
+        if not isinstance(file, str) or not is_plain(file):
             raise ConversionError(f"{path}: {name} lies in {file!r}, which is no file beside it")
     return dict(listed)
+
+
+def is_plain(name: str) -> bool:
+    """Whether a name is that of a file in the directory where it is read, and nowhere else."""
+    return name not in ("", "..") and Path(name).name == name and "\0" not in name
+
+
+def thinker_files(source: Source, *, shard_bytes: int = SHARD_BYTES, layout: Mapping[str, str] | None = None) -> Files:
+    """What `write_thinker` writes, and where."""
+    names = [name for row in mappings(source.config) for name in row.their_names]
+    layout = layout or _divide({name: source.tensors[name] for name in names}, shard_bytes)
+    return {name: (layout[name], source.tensors[name]) for name in names}
 
 
 def write_thinker(
@@ -144,17 +168,16 @@ def write_thinker(
       layout: file of every tensor, to give files like those the tensors came from; divided by `shard_bytes` when None.
       progress: called after each tensor.
     """
-    names = [name for row in mappings(source.config) for name in row.their_names]
-    layout = layout or _divide({name: source.tensors[name] for name in names}, shard_bytes)
-    write_files(source, {name: (layout[name], source.tensors[name]) for name in names}, folder, journal, progress)
-    _write_index(folder, layout, source.tensors.values())
+    files = thinker_files(source, shard_bytes=shard_bytes, layout=layout)
+    write_files(source, files, folder, journal, progress)
+    _write_index(folder, files)
     described = source.config.to_hf()
     stored = sorted({str(tensor.dtype) for tensor in source.tensors.values()})
     (folder / "config.json").write_text(json.dumps(described | ({"torch_dtype": stored[0]} if len(stored) == 1 else {}), indent=2))
 
 
-def write_omni(source: Source, base: Path, folder: Path, journal: Journal, *, progress: Progress | None = None) -> None:
-    """Writes a full Omni directory: the files of `base` with the thinker's tensors replaced, in the source's dtypes; likewise a receipt.
+def omni_files(source: Source, base: Path) -> Files:
+    """What `write_omni` writes, and where.
 
     Raises:
       ConversionError: `base` is no full Omni directory, or its thinker has other names or another config than the source's.
@@ -165,17 +188,27 @@ def write_omni(source: Source, base: Path, folder: Path, journal: Journal, *, pr
         raise ConversionError(f"{base} is no full Omni model: no tensor's name begins with {PREFIX}")
     if wrong := sorted(theirs ^ source.tensors.keys()):
         raise ConversionError(f"the thinkers of {base} and {source.path} differ in {some(wrong)}")
-    if read_config(base, tie_head="lm_head.weight" not in theirs) != source.config:
+    if read_config(base, theirs) != source.config:
         raise ConversionError(f"{base / 'config.json'} does not describe the thinker of {source.path}: it is of another model")
-    chosen = {
+    if not (base / VOICES).is_file():
+        raise ConversionError(f"{base} has no {VOICES}, without which transformers loads no full Omni model")
+    return {
         name: (tensor.file.name, source.tensors[name.removeprefix(PREFIX)] if name.startswith(PREFIX) else tensor)
         for name, tensor in stored.items()
     }
-    write_files(source, chosen, folder, journal, progress)
-    _write_index(folder, {name: file for name, (file, _) in chosen.items()}, (tensor for _, tensor in chosen.values()))
-    for file in base.iterdir():  # the config, and what the speech side needs beside its weights
-        if file.is_file() and file.suffix != ".safetensors" and not (folder / file.name).exists():
-            shutil.copyfile(file, folder / file.name)
+
+
+def write_omni(source: Source, base: Path, folder: Path, journal: Journal, *, progress: Progress | None = None) -> None:
+    """Writes a full Omni directory: the files of `base` with the thinker's tensors replaced, in the source's dtypes; likewise a receipt.
+
+    Raises ConversionError; see `omni_files`.
+    """
+    files = omni_files(source, base)
+    write_files(source, files, folder, journal, progress)
+    _write_index(folder, files)
+    copy_companions(base, folder)
+    for name in ("config.json", VOICES):
+        shutil.copyfile(base / name, folder / name)
 
 
 def _divide(tensors: Mapping[str, Tensor], most: int) -> dict[str, str]:
@@ -195,7 +228,7 @@ def _divide(tensors: Mapping[str, Tensor], most: int) -> dict[str, str]:
 
 def write_files(
     source: Source,
-    tensors: Mapping[str, tuple[str, Tensor]],
+    tensors: Files,
     folder: Path,
     journal: Journal,
     progress: Progress | None,
@@ -223,7 +256,7 @@ def write_files(
                         values = next(reads)
                         digest.update(as_bytes(values))
                         writer.write(values)
-                    record = {"name": name, "file": file, "source": str(tensor.file), "stored_name": tensor.name}
+                    record = {"name": name, "file": file, "source": str(tensor.file), **origin(tensor)}
                     records.append(record | {"shape": list(tensor.shape), "dtype": str(tensor.dtype), "sha256": digest.hexdigest()})
                     done += nbytes([tensor])
                     if progress:
@@ -231,14 +264,13 @@ def write_files(
             flush(folder)
             journal.add(file, records)
     written = [record for file in files for record in journal.done[file]] + write_released(source.parts, folder)
-    skipped = [dataclasses.asdict(skipped) for skipped in source.skipped]
-    receipt = {"kind": source.kind, "source": str(source.path), "tensors": written, "skipped": skipped}
-    (folder / RECEIPT).write_text(json.dumps(receipt, indent=1))
+    (folder / RECEIPT).write_text(json.dumps({**source.receipt(), "tensors": written}, indent=1))
 
 
-def _write_index(folder: Path, files: Mapping[str, str], tensors: Iterable[Tensor]) -> None:
-    if set(files.values()) != {SINGLE}:
-        index = {"metadata": {"total_size": nbytes(tensors)}, "weight_map": dict(sorted(files.items()))}
+def _write_index(folder: Path, files: Files) -> None:
+    where = {name: file for name, (file, _) in sorted(files.items())}
+    if set(where.values()) != {SINGLE}:
+        index = {"metadata": {"total_size": nbytes(tensor for _, tensor in files.values())}, "weight_map": where}
         (folder / INDEX).write_text(json.dumps(index, indent=2))
 
 
@@ -260,14 +292,14 @@ def save_thinker(params: Params, config: ThinkerConfig, target: str | Path) -> N
         write_thinker(params_source(params, config), folder, journal)
 
 
+def companions(source: Path) -> list[str]:
+    """Those of `COMPANIONS` that a directory has."""
+    return [name for name in COMPANIONS if (source / name).is_file()]
+
+
 def copy_companions(source: Path, target: Path) -> list[str]:
     """Copies those of `COMPANIONS` that `source` has; returns their names."""
-    found = [name for name in COMPANIONS if (source / name).is_file()]
+    found = companions(source)
     for name in found:
         shutil.copyfile(source / name, target / name)
     return found
-
-
-def skipped_parts(source: Source) -> dict[str, int]:
-    """How many tensors of each part are left behind."""
-    return dict(Counter(skipped.name.split(".")[0] for skipped in source.skipped))

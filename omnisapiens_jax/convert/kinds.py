@@ -12,7 +12,7 @@ from typing import Any
 from omnisapiens_jax.convert import checkpoint, huggingface
 from omnisapiens_jax.convert.hub import resolve
 from omnisapiens_jax.convert.names import mappings
-from omnisapiens_jax.convert.parts import ADAPTERS, HEADS, MODALITIES, OURS, is_part, modern
+from omnisapiens_jax.convert.parts import ADAPTERS, HEADS, MODALITIES, is_part, modern
 from omnisapiens_jax.convert.peft import ADAPTER, ADAPTER_CONFIG
 from omnisapiens_jax.convert.runs import is_stage, open_stage, stages
 from omnisapiens_jax.convert.shards import join_shards
@@ -47,14 +47,20 @@ def open_source(path: str | Path, *, base: str | Path | None = None, lora_alpha:
       lora_alpha: of the factors in a trainer's state dict, which does not say it; twice the rank when None, as in all runs of the original.
 
     Raises:
-      ConversionError: it is none of these, or broken.
+      ConversionError: it is none of these, or broken, or says another alpha itself.
     """
-    path, base = resolve(path), None if base is None else resolve(base)
+    source = _open(resolve(path), None if base is None else resolve(base), lora_alpha)
+    if lora_alpha is not None and (source.lora is None or source.lora.config.alpha != lora_alpha):
+        says = f"says that alpha is {source.lora.config.alpha:g}" if source.lora else "has no LoRA factors"
+        raise ConversionError(f"{path} is {source.kind}, which {says}; leave out the {lora_alpha:g} that was given (lora_alpha)")
+    return source
+
+
+def _open(path: Path, base: Path | None, lora_alpha: float | None) -> Source:
     if not path.is_dir():
         raise ConversionError(f"{path} is not a directory; name the one that holds the checkpoint's files")
-    if (path / checkpoint.MANIFEST).is_file():
-        ours = checkpoint.open_checkpoint(path)
-        return dataclasses.replace(ours, parts=dict(read_safetensors(path / OURS)) if (path / OURS).is_file() else {})
+    if checkpoint.is_ours(path):
+        return checkpoint.open_checkpoint(path)
     if is_stage(path):
         return open_stage(path, open_source)
     if found := stages(path):
@@ -124,23 +130,37 @@ def _open_peft(path: Path, base: Path | None) -> Source:
         raise ConversionError(f"{path} holds LoRA factors only; name the model they belong to (it says {named!r}): {_HOW_TO_NAME}")
     _refuse_other_than_lora(described, path / ADAPTER_CONFIG)
     factors, skipped = _rename(_adapter_tensors(path), path)
+    if not factors:
+        raise ConversionError(f"{path} holds no LoRA factors of a thinker; left behind: {some(left.name for left in skipped) or 'nothing'}")
     if homeless := [tensor.name for name, tensor in factors.items() if not _is_factor(name)]:
         raise ConversionError(f"{path}: {some(homeless)} are no LoRA factors")
     thinker = open_source(base)
     if thinker.lora is not None:
         raise ConversionError(f"{base} has LoRA factors of its own; merge them first")
-    try:
-        rank, alpha = int(described["r"]), float(described["lora_alpha"])
-    except (KeyError, TypeError, ValueError) as reason:
-        raise ConversionError(f"{path / ADAPTER_CONFIG} does not say r and lora_alpha ({reason!r})") from reason
-    lora = LoraConfig(rank, alpha, _targets(factors, thinker), stabilised=bool(described.get("use_rslora")))
     return dataclasses.replace(
         thinker,
         path=path,
         kind=f"a PEFT adapter on {thinker.kind}",
-        lora=Lora(lora, factors),
+        lora=Lora(_lora_config(described, _targets(factors, thinker), path / ADAPTER_CONFIG), factors),
         skipped=(*thinker.skipped, *skipped),
+        settings=(*thinker.settings, path / ADAPTER_CONFIG, *huggingface.settings(path)),
+        base=thinker.path,
     )
+
+
+def _refuse_other_than_lora(described: Mapping[str, Any], where: Path) -> None:
+    wrong = [f"{key} {described.get(key)!r}" for key, allowed in _PLAIN.items() if described.get(key) not in allowed]
+    wrong += [f"{key} {described[key]!r}" for key in _NOT_PLAIN if described.get(key)]
+    if wrong:
+        raise ConversionError(f"{where}: {some(wrong)}: only plain LoRA can be read; merge this adapter with PEFT and import the result")
+
+
+def _lora_config(described: Mapping[str, Any], targets: Mapping[str, tuple[str, ...]], where: Path) -> LoraConfig:
+    """The LoRA on some projections that an `adapter_config.json`, or what there is in its place, describes."""
+    try:
+        return LoraConfig(described["r"], described["lora_alpha"], targets, stabilised=bool(described.get("use_rslora")))
+    except (KeyError, ValueError) as reason:
+        raise ConversionError(f"{where} does not say r and lora_alpha ({reason!r})") from reason
 
 
 def _adapter_tensors(path: Path) -> Mapping[str, Tensor]:
@@ -177,13 +197,6 @@ _NOT_PLAIN = (
     "trainable_token_indices",
     "alora_invocation_tokens",
 )
-
-
-def _refuse_other_than_lora(described: Mapping[str, Any], where: Path) -> None:
-    wrong = [f"{key} {described.get(key)!r}" for key, allowed in _PLAIN.items() if described.get(key) not in allowed]
-    wrong += [f"{key} {described[key]!r}" for key in _NOT_PLAIN if described.get(key)]
-    if wrong:
-        raise ConversionError(f"{where}: {some(wrong)}: only plain LoRA can be read; merge this adapter with PEFT and import the result")
 
 
 def _targets(factors: Mapping[str, Tensor], thinker: Source) -> dict[str, tuple[str, ...]]:
@@ -247,10 +260,12 @@ def _verl_shards(path: Path) -> list[Path]:
 def _open_verl(shards: Sequence[Path], base: Path | None, lora_alpha: float | None) -> Source:
     ranks = [read_torch_file(file) for file in shards]
     for file, rank in zip(shards, ranks, strict=True):
-        if not isinstance(rank, dict) or not all(isinstance(tensor, StoredTensor | ShardedTensor) for tensor in rank.values()):
-            raise ConversionError(f"{file} does not hold a dict of tensors")
+        if not isinstance(rank, dict) or not all(
+            isinstance(name, str) and isinstance(tensor, StoredTensor | ShardedTensor) for name, tensor in rank.items()
+        ):
+            raise ConversionError(f"{file} does not hold a dict of tensors by their names")
         if rank.keys() != ranks[0].keys():
-            raise ConversionError(f"{file} and {shards[0]} differ in {some(sorted(rank.keys() ^ ranks[0].keys(), key=str))}")
+            raise ConversionError(f"{file} and {shards[0]} differ in {some(sorted(rank.keys() ^ ranks[0].keys()))}")
     joined = {name: join_shards(name, [rank[name] for rank in ranks]) for name in ranks[0]}
     renamed, skipped = _rename(joined, shards[0])
     folder = shards[0].parent
@@ -268,16 +283,22 @@ def _from_state(
     thinker = {name: tensor for name, tensor in tensors.items() if not _is_factor(name) and not is_part(name)}
     factors = {name: tensor for name, tensor in tensors.items() if _is_factor(name)}
     parts = modern({name: tensor for name, tensor in tensors.items() if is_part(name)})
-    config = huggingface.read_config(base, tie_head="lm_head.weight" not in thinker)
-    source = Source(path, kind, config, thinker, None, parts, skipped, base)
-    if factors:
+    config = huggingface.read_config(base, thinker)
+    adapter = path / "lora_adapter" / ADAPTER_CONFIG  # of verl, which describes the factors in its shards there
+    settings = tuple(file for file in (path / STATE_META, adapter, base / "config.json") if file.is_file())
+    source = Source(path, kind, config, thinker, None, parts, skipped, base, settings, base)
+    if not factors:
+        return source
+    if adapter in settings:
+        described, where = _json(adapter), adapter
+        _refuse_other_than_lora(described, adapter)
+    else:
         ranks = {tensor.shape[0] for name, tensor in factors.items() if name.endswith(".lora_A.weight") and tensor.shape}
         if len(ranks) != 1:
             raise ConversionError(f"{path} has LoRA factors of ranks {some(sorted(ranks))}; only factors of one rank can be read")
         rank = ranks.pop()
-        lora = LoraConfig(rank, 2.0 * rank if lora_alpha is None else lora_alpha, _targets(factors, source))
-        source = dataclasses.replace(source, lora=Lora(lora, factors))
-    return source
+        described, where = {"r": rank, "lora_alpha": 2 * rank if lora_alpha is None else lora_alpha}, path
+    return dataclasses.replace(source, lora=Lora(_lora_config(described, _targets(factors, source), where), factors))
 
 
 def _json(file: Path) -> dict[str, Any]:

@@ -55,6 +55,7 @@ def load(
     mesh: Mesh | None = None,
     dtype: Any = None,
     base: str | Path | None = None,
+    lora_alpha: float | None = None,
     options: ProcessingConfig | None = None,
 ) -> Loaded:
     """Opens a checkpoint of any kind (see `kinds.open_source`) and reads it onto the devices of a mesh.
@@ -66,6 +67,7 @@ def load(
       mesh: of `parallel.mesh.make_mesh`; all devices, the parameters divided over them (`fsdp`), when None.
       dtype: to store and compute in; that of the checkpoint (the widest of them) when None.
       base: likewise named, what the checkpoint itself lacks.
+      lora_alpha: of the LoRA factors in a trainer's state dict, which does not say it; twice the rank when None.
       options: how media are decoded and prompts built.
 
     Raises:
@@ -73,7 +75,7 @@ def load(
       FileNotFoundError: it has no tokenizer beside it.
       ValueError: its tokenizer is not the model's.
     """
-    source = open_source(path, base=base)
+    source = open_source(path, base=base, lora_alpha=lora_alpha)
     source.check()
     config = source.config
     processor = Processor(open_tokenizer(source.companions), config, options or ProcessingConfig())  # before the long work

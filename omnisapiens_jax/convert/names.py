@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Iterator
 from typing import Literal
 
@@ -163,11 +162,6 @@ def abstract_params(config: ThinkerConfig) -> dict[Path, jax.ShapeDtypeStruct]:
         tuple(map(str, path)): leaf.get_value()
         for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.All(nnx.Param, nnx.Not(LoraParam))))
     }
-
-
-def parameter_count(config: ThinkerConfig) -> int:
-    """Parameters of a model of `config`."""
-    return sum(math.prod(row.shape) for row in mappings(config))
 
 
 def _their_shape(layout: Layout, ours: tuple[int, ...], config: ThinkerConfig) -> tuple[int, ...]:

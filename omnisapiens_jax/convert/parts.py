@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from omnisapiens_jax.processing.tensors import ConversionError, HeldTensor, SafetensorsWriter, Tensor, as_bytes, read_finite, some
+from omnisapiens_jax.processing.tensors import ConversionError, HeldTensor, SafetensorsWriter, Tensor, as_bytes, origin, read_finite, some
 from omnisapiens_jax.processing.torch_files import write_torch_file
 
 HEADS, ADAPTERS = "heads.bin", "adapters.bin"
@@ -88,6 +88,7 @@ def part_shapes(parts: Mapping[str, Tensor], width: int, where: Path) -> PartSha
         for name, shape in wanted.items()
         if name in parts and parts[name].shape != shape
     ]
+    problems += [f"{name} is empty: {tensor.shape}" for name, tensor in parts.items() if 0 in tensor.shape]
     problems += [f"{name} is {tensor.dtype}, no floating number" for name, tensor in parts.items() if tensor.dtype.kind not in "fV"]
     if problems:
         raise ConversionError(f"the heads and adapters in {where} are not those of a model of width {width}: {some(problems)}")
@@ -104,7 +105,7 @@ def modern(parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The same parts without what early adapters had besides.
 
     Their MLP takes three confidences after the descriptor, zero in every run. Behind a LayerNorm these are its bias, a constant, which goes
-    into the bias of the first layer: `b1 + W1[:, D:] ln_conf.bias`. An `alpha` of shape [] becomes one of shape [1].
+    into the bias of the first layer: `b1 + W1[:, D:] ln_conf.bias`, in float32. An `alpha` of shape [] becomes one of shape [1].
 
     An adapter without any LayerNorm does not show how wide its descriptor was, and stays as it is: with zeros after the descriptor it gives
     what it gave. A `conf_gain`, which some may have, stays too and is refused as unknown: where it entered is not published.
@@ -120,12 +121,11 @@ def modern(parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
             for name in extra:
                 del found[prefix + name]
             first, bias = adapter["mlp.0.weight"], adapter["mlp.0.bias"]
-            weight, constant = first.read(), np.zeros(_CONFIDENCES, np.float32)
-            if "ln_conf.bias" in extra:
-                constant = extra["ln_conf.bias"].read().astype(np.float32)
-            shift = weight[:, -_CONFIDENCES:].astype(np.float32) @ constant
+            weight = first.read()
             found[f"{prefix}mlp.0.weight"] = _held(first, weight[:, :-_CONFIDENCES])
-            found[f"{prefix}mlp.0.bias"] = _held(bias, (bias.read().astype(np.float32) + shift).astype(bias.dtype))
+            if "ln_conf.bias" in extra:
+                shift = weight[:, -_CONFIDENCES:].astype(np.float32) @ extra["ln_conf.bias"].read().astype(np.float32)
+                found[f"{prefix}mlp.0.bias"] = _held(bias, bias.read().astype(np.float32) + shift)
     return found
 
 
@@ -153,7 +153,7 @@ def write_parts(parts: Mapping[str, Tensor], folder: Path) -> list[dict[str, Any
                 tensor = parts[name]
                 values = read_finite(tensor, 0, None, tensor.dtype)
                 writer.write(values)
-                record = {"name": name, "stored_name": tensor.name, "file": tensor.file.name, "tree": "parts", "path": name, "layer": None}
+                record = {"name": name, "file": tensor.file.name, **origin(tensor), "tree": "parts", "path": name, "layer": None}
                 record |= {"shape": list(tensor.shape), "dtype": str(tensor.dtype), "sha256": hashlib.sha256(as_bytes(values)).hexdigest()}
                 records.append(record)
     return records
@@ -167,7 +167,7 @@ def write_released(parts: Mapping[str, Tensor], folder: Path) -> list[dict[str, 
         if values:
             write_torch_file(folder / file, values)
         for name, value in values.items():
-            record = {"name": name, "file": file, "source": str(parts[name].file), "stored_name": parts[name].name}
+            record = {"name": name, "file": file, "source": str(parts[name].file), **origin(parts[name])}
             records.append(
                 record | {"shape": list(value.shape), "dtype": str(value.dtype), "sha256": hashlib.sha256(as_bytes(value)).hexdigest()}
             )

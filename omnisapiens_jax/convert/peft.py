@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 
-from omnisapiens_jax.convert.huggingface import write_files
+from omnisapiens_jax.convert.huggingface import Files, write_files
 from omnisapiens_jax.convert.source import Progress, Source
 from omnisapiens_jax.convert.unfinished import Journal
 from omnisapiens_jax.models.layers import LORA_TARGETS
@@ -22,6 +21,18 @@ _LAYERS = {
 }
 
 
+def adapter_files(source: Source) -> Files:
+    """What `write_adapter` writes, and where. Raises ConversionError if the source has no LoRA factors."""
+    if source.lora is None:
+        raise ConversionError(f"{source.path} has no LoRA factors")
+    return {_spelled(name): (ADAPTER, tensor) for name, tensor in source.lora.factors.items()}
+
+
+def alone(source: Source) -> Source:
+    """The source without what an adapter of PEFT has no place for."""
+    return source.without_parts("an adapter of PEFT holds LoRA factors alone")
+
+
 def write_adapter(source: Source, folder: Path, journal: Journal, *, progress: Progress | None = None) -> None:
     """Writes `adapter_model.safetensors`, `adapter_config.json` and a receipt.
 
@@ -31,11 +42,9 @@ def write_adapter(source: Source, folder: Path, journal: Journal, *, progress: P
     Raises:
       ConversionError: the source has no LoRA factors.
     """
-    if source.lora is None:
-        raise ConversionError(f"{source.path} has no LoRA factors")
+    write_files(alone(source), adapter_files(source), folder, journal, progress)
+    assert source.lora is not None
     config = source.lora.config
-    factors = {_spelled(name): (ADAPTER, tensor) for name, tensor in source.lora.factors.items()}
-    write_files(dataclasses.replace(source, parts={}), factors, folder, journal, progress)
     targets = (rf"{_LAYERS[tower]}\.({'|'.join(config.targets[tower])})" for tower in LORA_TARGETS if config.targets.get(tower))
     described = {
         "peft_type": "LORA",

@@ -51,26 +51,29 @@ def open_stage(path: Path, open_base: Callable[[str], Source]) -> Source:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as reason:
         raise ConversionError(f"{path.parent / CONFIG} is not the config of a run ({reason!r})") from reason
     try:
-        base = open_base(weights) if weights else None
+        base = open_base(weights).without_parts("it reads states that the run has changed") if weights else None
     except ConversionError as reason:
         raise ConversionError(f"{path.parent} began with the weights {weights} (config.model.weights): {reason}") from reason
     config = base.config if base else ThinkerConfig.preset(preset)
+    settings = (path.parent / CONFIG, *(base.settings if base else ()))
 
     def spec(place: tuple[str, ...]) -> dict[str, Any]:
         inside = f"{'/'.join(('trainable', *place, 'value'))}/"
-        return {"driver": "zarr", "kvstore": {"driver": "ocdbt", "base": f"file://{state.resolve()}/", "path": inside}}
+        return {"driver": "zarr", "kvstore": {"driver": "ocdbt", "base": {"driver": "file", "path": f"{state.resolve()}/"}, "path": inside}}
 
     kind = f"step {state.parent.name} of a run of ours"
     if made is not None:
         if base is None:
             raise ConversionError(f"{path.parent / CONFIG}: the run trained LoRA factors on random weights, which it did not keep")
         factors = stored_tensors(lora_mappings(config, made), state, spec)
-        # Heads and adapters of the weights would read other states than those they were made for.
-        return dataclasses.replace(base, path=path, kind=f"{kind} on {base.kind}", lora=Lora(made, factors), parts={})
+        kind, lora = f"{kind} on {base.kind}", Lora(made, factors)
+        return dataclasses.replace(base, path=path, kind=kind, lora=lora, settings=settings, base=base.path)
     tensors: dict[str, Tensor] = stored_tensors(tuple(row for row in mappings(config) if row.theirs != _UNUSED), state, spec)
     unused = next(row for row in mappings(config) if row.theirs == _UNUSED)
     tensors[_UNUSED] = base.tensors[_UNUSED] if base else HeldTensor(_UNUSED, np.zeros(unused.their_shape, np.float32), state)
-    return Source(path, kind, config, tensors, None, {}, (), base.companions if base else resource("data/mini"))
+    if base is None:
+        return Source(path, kind, config, tensors, None, {}, (), resource("data/mini"), settings)
+    return dataclasses.replace(base, path=path, kind=kind, tensors=tensors, lora=None, settings=settings, base=base.path)
 
 
 def _newest(path: Path) -> Path:

@@ -27,6 +27,11 @@ class JoinedTensor:
         return self.pieces[0].file
 
     @property
+    def made_of(self) -> tuple[Tensor, ...]:
+        """All pieces."""
+        return tuple(stored for piece in self.pieces for stored in piece.made_of)
+
+    @property
     def dtype(self) -> np.dtype:
         """Of all pieces."""
         return self.pieces[0].dtype

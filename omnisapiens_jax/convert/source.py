@@ -56,6 +56,9 @@ class Source:
       parts: heads and adapters by their released names (`heads.0.weight`, `video_adapter.mlp.0.weight`).
       skipped: what is left behind, and why.
       companions: the directory where tokenizer and settings lie.
+      settings: files beside those of the tensors that say what they mean.
+      base: the directory of what the checkpoint itself lacks: the weights beneath its factors, or the config.
+      added: the LoRA whose factors were added to the weights.
     """
 
     path: Path
@@ -66,6 +69,31 @@ class Source:
     parts: Mapping[str, Tensor]
     skipped: tuple[Skipped, ...]
     companions: Path
+    settings: tuple[Path, ...] = ()
+    base: Path | None = None
+    added: LoraConfig | None = None
+
+    @property
+    def files(self) -> set[Path]:
+        """Everything that it is read from; a directory stands for the arrays in it."""
+        factors = self.lora.factors if self.lora else {}
+        tensors = (*self.tensors.values(), *factors.values(), *self.parts.values())
+        return {*self.settings, *(stored.file for tensor in tensors for stored in tensor.made_of)}
+
+    def receipt(self) -> dict[str, Any]:
+        """What a receipt says of it as a whole."""
+        return {
+            "kind": self.kind,
+            "source": str(self.path),
+            "base": None if self.base is None else str(self.base),
+            "merged": None if self.added is None else {**dataclasses.asdict(self.added), "scale": self.added.scale},
+            "skipped": [dataclasses.asdict(skipped) for skipped in self.skipped],
+        }
+
+    def without_parts(self, why: str) -> Source:
+        """The same, its heads and adapters left behind."""
+        left = (Skipped(tensor.name, tensor.file.name, why) for tensor in self.parts.values())
+        return dataclasses.replace(self, parts={}, skipped=(*self.skipped, *left))
 
     def check(self) -> None:
         """Compares names and shapes with the tables; raises ConversionError that lists all that is unknown, missing or misshapen."""
@@ -91,7 +119,7 @@ class Source:
                 module = name.removesuffix(".lora_A.weight")
                 second = self.lora.factors[f"{module}.lora_B.weight"]
                 tensors[f"{module}.weight"] = MergedTensor(tensors[f"{module}.weight"], first, second, self.lora.config.scale)
-        return dataclasses.replace(self, tensors=tensors, lora=None)
+        return dataclasses.replace(self, tensors=tensors, lora=None, added=self.lora.config)
 
 
 def _compare(found: Mapping[str, Tensor], rows: tuple[Row, ...]) -> list[str]:
@@ -127,6 +155,11 @@ class MergedTensor:
     def file(self) -> File:
         """That of the weight."""
         return self.base.file
+
+    @property
+    def made_of(self) -> tuple[Tensor, ...]:
+        """The weight and its factors."""
+        return (*self.base.made_of, *self.first.made_of, *self.second.made_of)
 
     @property
     def dtype(self) -> np.dtype:

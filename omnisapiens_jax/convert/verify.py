@@ -16,6 +16,7 @@ import numpy as np
 from flax import nnx
 
 from omnisapiens_jax.convert import checkpoint
+from omnisapiens_jax.convert.huggingface import open_huggingface
 from omnisapiens_jax.convert.kinds import open_source
 from omnisapiens_jax.convert.source import Progress, Source, read_params
 from omnisapiens_jax.models.config import ThinkerConfig
@@ -62,7 +63,7 @@ def verify(path: Path, reference: Path | None = None, *, python: str = sys.execu
     found = [_same("tensors as the receipt says", hashes, recorded)]
     if reference is None:
         return found
-    theirs = open_source(reference)
+    theirs = open_huggingface(reference)
     theirs.check()
     shapes = {name: tensor.shape for name, tensor in theirs.tensors.items()}
     found.append(_same("shapes of the reference", {name: tensor.shape for name, tensor in source.tensors.items()}, shapes))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,8 @@ class TextConfig:
             raise ValueError(f"{self.num_heads} query heads do not divide over {self.num_kv_heads} key/value heads")
         if sum(self.mrope_section) * 2 != self.head_dim:
             raise ValueError(f"mrope_section {self.mrope_section} must sum to head_dim / 2 = {self.head_dim / 2}")
+        if len(self.mrope_section) != 3:
+            raise ValueError(f"mrope_section {self.mrope_section} must have three parts: time, height and width")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +56,12 @@ class AudioConfig:
     num_mel_bins: int = 128
     n_window: int = 100
     max_source_positions: int = 1500
+
+    def __post_init__(self) -> None:
+        if self.d_model % 2 or self.d_model % self.num_heads:
+            raise ValueError(f"the audio encoder's width {self.d_model} must be even and divide over its {self.num_heads} heads")
+        if self.chunk_tokens > self.max_source_positions:
+            raise ValueError(f"a chunk of {self.chunk_frames} mel frames has more states than {self.max_source_positions} positions")
 
     @property
     def chunk_frames(self) -> int:
@@ -80,6 +89,12 @@ class VisionConfig:
     temporal_patch_size: int = 2
     spatial_merge_size: int = 2
     in_channels: int = 3
+
+    def __post_init__(self) -> None:
+        if self.hidden_size % (4 * self.num_heads):  # rotary pairs of rows and of columns
+            raise ValueError(f"the vision encoder's width {self.hidden_size} must divide over {self.num_heads} heads of a multiple of four")
+        if self.window_cells < 1:
+            raise ValueError(f"a window of {self.window_size} pixels does not hold a cell of {self.spatial_merge_size} patches")
 
     @property
     def patch_dim(self) -> int:
@@ -138,55 +153,76 @@ class ThinkerConfig:
         return PRESETS[name]
 
     @classmethod
-    def from_hf(cls, config: Mapping[str, Any] | str | Path, *, tie_head: bool | None = None) -> ThinkerConfig:
+    def from_hf(cls, config: Mapping[str, Any] | str | Path) -> ThinkerConfig:
         """Reads a Hugging Face `config.json` (a mapping, a file or its directory).
 
         Accepts the full omni file (`thinker_config` inside), a thinker-only one, and the spellings of transformers 4
         (`rope_theta`, `rope_scaling`, `*_token_index`) and 5 (`rope_parameters`, `*_token_id`). Class defaults of the library are
-        never guessed: a missing size is an error that names it. The head's tying is decided by the stored tensors, so pass `tie_head`
-        when you know whether `lm_head.weight` exists.
+        never guessed: a missing size is an error that names it, as is a value that no thinker can have.
         """
         if isinstance(config, Mapping):
-            content: Mapping[str, Any] = config
+            content: Any = config
         else:
             path = Path(config) / "config.json" if Path(config).is_dir() else Path(config)
             if not path.is_file():
                 raise FileNotFoundError(f"{path} is not there: name a Hugging Face directory, a checkpoint of ours or a config.json")
             content = json.loads(path.read_text())
-        root: Mapping[str, Any] = content.get("thinker_config", content)
-        for part in ("text_config", "audio_config", "vision_config"):
-            if part not in root:
-                raise ValueError(f"config.json has no {part!r}: not a Qwen2.5-Omni thinker (model_type {content.get('model_type')!r})")
-        text, audio, vision = root["text_config"], root["audio_config"], root["vision_config"]
-        rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
-        theta = rope.get("rope_theta", text.get("rope_theta"))
-        if theta is None or "mrope_section" not in rope:
+        if not isinstance(content, Mapping):
+            raise ValueError("config.json is not a JSON object")
+        root = _part(content, "thinker_config") if "thinker_config" in content else content
+        if missing := [part for part in ("text_config", "audio_config", "vision_config") if part not in root]:
+            raise ValueError(f"config.json has no {missing[0]!r}: not a Qwen2.5-Omni thinker (model_type {content.get('model_type')!r})")
+        text, audio, vision = (_part(root, part) for part in ("text_config", "audio_config", "vision_config"))
+        spelling = "rope_parameters" if text.get("rope_parameters") else "rope_scaling"
+        rope = _part(text, spelling) if text.get(spelling) else {}
+        theta = rope if "rope_theta" in rope else text
+        if "rope_theta" not in theta or "mrope_section" not in rope:
             raise ValueError("text_config needs rope_theta and mrope_section (in rope_parameters or rope_scaling)")
         if text.get("use_sliding_window"):
             raise ValueError("text_config.use_sliding_window is true; only full causal attention is supported")
-        head_dim = text.get("head_dim") or _need(text, "text_config", "hidden_size") // _need(text, "text_config", "num_attention_heads")
+        for holder, part, name, known in (
+            (text, "text_config", "hidden_act", ("silu",)),
+            (vision, "vision_config", "hidden_act", ("silu",)),
+            (audio, "audio_config", "activation_function", ("gelu",)),
+            (rope, spelling, "rope_type", ("default", "mrope")),
+            (rope, spelling, "type", ("default", "mrope")),
+        ):
+            if holder.get(name) not in (None, *known):
+                raise ValueError(f"config.json: {part} has {name} {holder[name]!r}; only {known[0]!r} is supported")
+        sizes = {ours: _whole(text, "text_config", theirs) for ours, theirs in _TEXT_NAMES.items()}
+        if text.get("head_dim") is not None:
+            head_dim = _whole(text, "text_config", "head_dim")
+        elif sizes["hidden_size"] % sizes["num_heads"]:
+            raise ValueError(f"config.json: text_config has no head_dim, and hidden_size does not divide over {sizes['num_heads']} heads")
+        else:
+            head_dim = sizes["hidden_size"] // sizes["num_heads"]
         tokens = {}
         for field, names in _TOKEN_SPELLINGS.items():
-            found = [holder[n] for holder in (root, text) for n in names if holder.get(n) is not None]
-            if found:
-                tokens[field] = found[0]
+            found = [(holder, part, name) for holder, part in ((root, "the thinker"), (text, "text_config")) for name in names]
+            if said := [place for place in found if place[0].get(place[2]) is not None]:
+                tokens[field] = _whole(*said[0], least=0)
+        channels = "in_channels" if "in_channels" in vision else "in_chans"
+        tied = [holder.get("tie_word_embeddings") for holder in (root, text)]
+        if wrong := [value for value in tied if value not in (None, True, False)]:
+            raise ValueError(f"config.json has tie_word_embeddings {wrong[0]!r}, neither true nor false")
         return cls(
             text=TextConfig(
-                **{ours: _need(text, "text_config", theirs) for ours, theirs in _TEXT_NAMES.items()},
+                **sizes,
                 head_dim=head_dim,
-                mrope_section=tuple(rope["mrope_section"]),
-                rope_theta=float(theta),
+                mrope_section=_wholes(rope, spelling, "mrope_section"),
+                rms_norm_eps=_positive(text, "text_config", "rms_norm_eps"),
+                rope_theta=_positive(theta, "text_config", "rope_theta"),
             ),
-            audio=AudioConfig(**{ours: _need(audio, "audio_config", theirs) for ours, theirs in _AUDIO_NAMES.items()}),
+            audio=AudioConfig(**{ours: _whole(audio, "audio_config", theirs) for ours, theirs in _AUDIO_NAMES.items()}),
             vision=VisionConfig(
-                **{ours: _need(vision, "vision_config", theirs) for ours, theirs in _VISION_NAMES.items()},
-                in_channels=vision.get("in_channels", vision.get("in_chans", 3)),
-                fullatt_block_indexes=tuple(_need(vision, "vision_config", "fullatt_block_indexes")),
+                **{ours: _whole(vision, "vision_config", theirs) for ours, theirs in _VISION_NAMES.items()},
+                in_channels=_whole(vision, "vision_config", channels, default=3),
+                fullatt_block_indexes=_wholes(vision, "vision_config", "fullatt_block_indexes"),
             ),
             tokens=TokenIds(**tokens),
-            tie_head=bool(root.get("tie_word_embeddings", False)) if tie_head is None else tie_head,
-            position_id_per_seconds=root.get("position_id_per_seconds", 25),
-            seconds_per_chunk=root.get("seconds_per_chunk", 2),
+            tie_head=any(tied),
+            position_id_per_seconds=_whole(root, "the thinker", "position_id_per_seconds", default=25),
+            seconds_per_chunk=_whole(root, "the thinker", "seconds_per_chunk", default=2),
         )
 
     def to_hf(self) -> dict[str, Any]:
@@ -196,6 +232,7 @@ class ThinkerConfig:
             "model_type": "qwen2_5_omni_text",
             "head_dim": self.text.head_dim,
             "hidden_act": "silu",
+            "rms_norm_eps": self.text.rms_norm_eps,
             "rope_theta": self.text.rope_theta,
             "rope_scaling": {"mrope_section": list(self.text.mrope_section), "rope_type": "default", "type": "default"},
             "use_sliding_window": False,
@@ -233,7 +270,6 @@ _TEXT_NAMES = {
     "num_heads": "num_attention_heads",
     "num_kv_heads": "num_key_value_heads",
     "intermediate_size": "intermediate_size",
-    "rms_norm_eps": "rms_norm_eps",
     "max_positions": "max_position_embeddings",
 }
 _AUDIO_NAMES = {
@@ -271,10 +307,42 @@ _TOKEN_SPELLINGS = {  # our field -> names on disk, the one we write first
 }
 
 
+_LARGEST = (1 << 31) - 1  # of sizes and ids: arrays are indexed in int32
+_MOST_LAYERS = dict.fromkeys(("num_hidden_layers", "encoder_layers", "depth"), 1000)  # every layer's tensors are listed by name
+
+
 def _need(config: Mapping[str, Any], part: str, name: str) -> Any:
     if name not in config:
         raise ValueError(f"config.json: {part} has no {name!r}")
     return config[name]
+
+
+def _part(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    if not isinstance(config[name], Mapping):
+        raise ValueError(f"config.json: {name} is {config[name]!r:.80}, not an object")
+    return config[name]
+
+
+def _whole(config: Mapping[str, Any], part: str, name: str, *, least: int = 1, default: int | None = None) -> int:
+    value = _need(config, part, name) if default is None else config.get(name, default)
+    most = _MOST_LAYERS.get(name, _LARGEST)
+    if type(value) is not int or not least <= value <= most:
+        raise ValueError(f"config.json: {part} has {name} {value!r:.80}, not a whole number from {least} to {most:,}")
+    return value
+
+
+def _wholes(config: Mapping[str, Any], part: str, name: str) -> Any:
+    values = _need(config, part, name)
+    if not isinstance(values, list | tuple) or not all(type(value) is int and 0 <= value <= _LARGEST for value in values):
+        raise ValueError(f"config.json: {part} has {name} {values!r:.80}, not a list of whole numbers")
+    return tuple(values)
+
+
+def _positive(config: Mapping[str, Any], part: str, name: str) -> float:
+    value = _need(config, part, name)
+    if type(value) not in (int, float) or not 0 < value <= sys.float_info.max:
+        raise ValueError(f"config.json: {part} has {name} {value!r:.80}, not a finite number above 0")
+    return float(value)
 
 
 def _published(*, hidden: int, layers: int, heads: int, kv_heads: int, ffn: int, vocab: int) -> ThinkerConfig:

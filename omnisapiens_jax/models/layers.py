@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -49,6 +50,10 @@ class LoraConfig:
     stabilised: bool = False
 
     def __post_init__(self) -> None:
+        if type(self.rank) is not int or self.rank < 1:
+            raise ValueError(f"a LoRA rank is a whole number from 1 on, not {self.rank!r}")
+        if type(self.alpha) not in (int, float) or not 0 < self.alpha <= sys.float_info.max:
+            raise ValueError(f"a LoRA alpha is a finite number above 0, not {self.alpha!r}")
         for tower, names in self.targets.items():
             if tower not in LORA_TARGETS:
                 raise ValueError(f"LoRA scope {tower!r} is not a tower; known: {', '.join(LORA_TARGETS)}")

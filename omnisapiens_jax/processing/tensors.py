@@ -12,6 +12,7 @@ import io
 import json
 import math
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -88,6 +89,11 @@ class Tensor(Protocol):
         ...
 
     @property
+    def made_of(self) -> tuple[Tensor, ...]:
+        """The stored tensors that its values are read from, the one it is named after first."""
+        ...
+
+    @property
     def dtype(self) -> np.dtype:
         """It is stored in."""
         ...
@@ -113,11 +119,17 @@ class StoredTensor:
     offset: int  # of its first element, in bytes from the beginning of the file
     strides: tuple[int, ...] | None = None  # in elements, none negative; None = rows one after the other
 
+    @property
+    def made_of(self) -> tuple[Tensor, ...]:
+        """Itself."""
+        return (self,)
+
     def read(self, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Its values, or those of the rows `start` to `stop` of its first axis, C-contiguous and in memory of their own.
 
         Raises:
-          ConversionError: the file ends before the tensor does, or cannot be read.
+          ConversionError: the file ends before the tensor does.
+          OSError: the file cannot be read; it may be the next time.
         """
         if not self.shape:
             return self._read((), self.offset, None)
@@ -140,7 +152,7 @@ class StoredTensor:
                         raise ConversionError(f"{self.file} ends in the middle of {self.name}; is it truncated?")
                     rest = rest[got:]
         except OSError as reason:
-            raise ConversionError(f"{self.file}: {self.name} cannot be read ({reason})") from reason
+            raise OSError(reason.errno, f"{self.file}: {self.name} cannot be read ({reason.strerror})") from reason
         if strides is None:
             return values.reshape(shape)
         steps = [stride * self.dtype.itemsize for stride in strides]
@@ -154,6 +166,11 @@ class HeldTensor:
     name: str
     values: np.ndarray
     file: File = Path("memory")
+
+    @property
+    def made_of(self) -> tuple[Tensor, ...]:
+        """Itself."""
+        return (self,)
 
     @property
     def dtype(self) -> np.dtype:
@@ -215,8 +232,8 @@ def read_safetensors(path: Path) -> dict[str, StoredTensor]:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     entries = dict(pairs)
     if len(entries) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"given twice: {some(sorted({name for name in names if names.count(name) > 1}))}")
+        counts = Counter(name for name, _ in pairs)
+        raise ValueError(f"given twice: {some(sorted(name for name, count in counts.items() if count > 1))}")
     return entries
 
 
@@ -308,6 +325,11 @@ def check_finite(values: np.ndarray, tensor: Tensor, why: str = _DIVERGED) -> No
         if ((bits[start : start + (1 << 18)] & mask) == mask).any():
             count = int(((bits & mask) == mask).sum())
             raise ConversionError(f"{tensor.file}: {count:,} of {bits.size:,} values read of {tensor.name} are infinite or NaN{why}")
+
+
+def origin(tensor: Tensor) -> dict[str, Any]:
+    """What a receipt says of where a tensor came from, beside its file: its name there, and what else went into it."""
+    return {"stored_name": tensor.name, "with": [f"{other.name} in {other.file}" for other in tensor.made_of[1:]]}
 
 
 def as_bytes(values: np.ndarray) -> memoryview:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,12 +21,13 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from safetensors.numpy import load_file
 
 from omnisapiens_jax.convert import checkpoint, huggingface
+from omnisapiens_jax.convert.kinds import open_source
 from omnisapiens_jax.convert.names import mappings
 from omnisapiens_jax.convert.source import FLOATS, Params, read_params
 from omnisapiens_jax.convert.unfinished import whole_or_nothing
 from omnisapiens_jax.models.layers import LoraConfig, LoraParam
 from omnisapiens_jax.models.thinker import Thinker
-from omnisapiens_jax.processing.tensors import ConversionError
+from omnisapiens_jax.processing.tensors import ConversionError, HeldTensor
 from tests.convert.test_huggingface import store, tensors
 from tests.models import cases, ours
 
@@ -111,6 +116,7 @@ def test_the_receipt_says_where_every_tensor_came_from(tmp_path: Path, source: P
             "name": record["name"],
             "stored_name": f"thinker.{record['name']}",
             "file": "model.safetensors",
+            "with": [],
             "tree": "params",
             "path": ".".join(row.ours),
             "layer": None if row.layers is None else row.their_names.index(record["name"]),
@@ -133,7 +139,7 @@ def test_an_import_is_exported_as_the_files_it_came_from(tmp_path: Path, config:
     assert len(files) == 3 and {path.name: path.read_bytes() for path in back.glob("*.safetensors")} == files
     index, wanted = (json.loads((where / huggingface.INDEX).read_text()) for where in (back, folder))
     assert index["weight_map"] == wanted["weight_map"]
-    assert huggingface.read_config(back) == cases.CONFIGS[config]
+    assert huggingface.open_huggingface(back).config == cases.CONFIGS[config]
     receipt, manifest = (json.loads(path.read_text()) for path in (back / huggingface.RECEIPT, tmp_path / "saved" / "manifest.json"))
     hashes = [{record["name"]: record["sha256"] for record in each["tensors"]} for each in (receipt, manifest)]
     assert hashes[0] == hashes[1]
@@ -226,3 +232,86 @@ def test_put_and_take_leave_lora_alone() -> None:
     same_bits(nnx.to_pure_dict(nnx.state(model, LoraParam)), before)
     with pytest.raises(ConversionError, match=r"missing decoder\.norm\.scale"):
         checkpoint.put_params(model, params | {"decoder": params["decoder"] | {"norm": {}}})
+
+
+@pytest.fixture(scope="module")
+def saved(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of ours with heads, imported from the full Omni one."""
+    heads = {"heads.0.weight": np.ones((2, CONFIG.text.hidden_size), np.float32), "heads.0.bias": np.ones(2, np.float32)}
+    opened = dataclasses.replace(
+        huggingface.open_huggingface(source), parts={name: HeldTensor(name, value) for name, value in heads.items()}
+    )
+    target = tmp_path_factory.mktemp("ours") / "saved"
+    with whole_or_nothing(target, None) as (folder, journal):
+        checkpoint.write_checkpoint(opened, folder, journal)
+    return target
+
+
+def _all_in(file: Any) -> Any:
+    return lambda manifest: [record.update(file=file) for record in manifest["tensors"]]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        *((_all_in(file), "which is no name of a file") for file in ("/tmp/x.safetensors", "../x.safetensors", "a/b", "..", "", "a\0b")),
+        (_all_in(3), r"in tensors, .* does not say name, file, tree, sha256"),
+        (lambda manifest: manifest["tensors"].insert(0, "x"), r"in tensors, 'x' does not say"),
+        (lambda manifest: manifest["skipped"][0].pop("why"), r"in skipped, .* does not say name, file, why"),
+        *((lambda manifest, key=key: manifest.pop(key), f"it does not say {key}") for key in ("kind", "lora", "tensors", "skipped")),
+        *(
+            (lambda manifest, key=key: manifest.update({key: 3}), f"it does not say {key}")
+            for key in ("kind", "lora", "tensors", "skipped")
+        ),
+        *((lambda manifest, lora=lora: manifest.update(lora=lora), "describes no LoRA") for lora in ({"rank": 2}, {"targets": 3})),
+        (lambda manifest: manifest.update(lora={"rank": 0, "alpha": 1.0, "targets": {}}), "a LoRA rank is a whole number from 1 on"),
+        (lambda manifest: manifest["tensors"].pop(0), r"and the files beside it disagree about audio_tower\.conv1\.weight"),
+    ],
+)
+def test_a_receipt_that_is_broken_is_told_and_nothing_in_it_believed(
+    saved: Path, tmp_path: Path, change: Callable[[Any], None], said: str
+) -> None:
+    """A file in it could be anywhere, and an export writes there."""
+    (tmp_path / "params").symlink_to(saved / "params")
+    for name in ("config.json", "parts.safetensors"):
+        shutil.copy(saved / name, tmp_path)
+    manifest = json.loads((saved / "manifest.json").read_text())
+    change(manifest)
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ConversionError, match=rf"manifest\.json.*{said}"):
+        open_source(tmp_path)
+
+
+def test_heads_that_were_lost_are_missed(saved: Path, tmp_path: Path) -> None:
+    for name in ("params", "config.json", "manifest.json"):
+        (tmp_path / name).symlink_to(saved / name)
+    with pytest.raises(ConversionError, match=r"disagree about heads\.0\.bias, heads\.0\.weight; import the checkpoint again"):
+        open_source(tmp_path)
+
+
+def test_a_disk_that_fails_is_no_fault_of_the_checkpoint(saved: Path, tmp_path: Path) -> None:
+    """So that what is done of an export is kept, and the same command goes on."""
+    shutil.copytree(saved, tmp_path / "saved")
+    chunk = tmp_path / "saved" / "params" / "lm_head.kernel" / "0.0"
+    chunk.unlink()
+    chunk.symlink_to(chunk)
+    with pytest.raises(OSError, match=r"saved/params: lm_head\.weight cannot be read \((.|\n)*Too many levels of symbolic links"):
+        open_source(tmp_path / "saved").tensors["lm_head.weight"].read()
+
+
+def test_what_a_kill_left_beside_the_arrays_is_cleared(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the making of the tree and the removal of the place where it was made."""
+    rmdir = Path.rmdir
+
+    def killed(self: Path) -> None:
+        if self.name == "params.new":
+            raise KeyboardInterrupt
+        rmdir(self)
+
+    monkeypatch.setattr(Path, "rmdir", killed)
+    with pytest.raises(KeyboardInterrupt):
+        bring_in(source, tmp_path / "saved")
+    monkeypatch.undo()
+    assert (tmp_path / ".saved.unfinished" / "params.new").is_dir()
+    bring_in(source, tmp_path / "saved")
+    assert {path.name for path in (tmp_path / "saved").iterdir()} == {"params", "config.json", "manifest.json"}

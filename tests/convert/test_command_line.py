@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import re
 import shutil
@@ -14,11 +15,12 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from omnisapiens_jax.convert import verify
 from omnisapiens_jax.convert.kinds import open_source
 from omnisapiens_jax.convert.parts import HEADS
+from omnisapiens_jax.processing.tensors import StoredTensor
 from omnisapiens_jax.processing.torch_files import write_torch_file
 from tests import pickles
 from tests.convert.test_huggingface import store, tensors
@@ -170,6 +172,7 @@ def filled(arguments: tuple[str, ...], world: World, here: Path) -> list[str]:
         (("merge", "thinker", "DST"), r"thinker has no LoRA factors to merge"),
         (("export", "thinker", "DST", "--peft"), r"thinker has no LoRA factors"),
         (("export", "adapter", "DST", "--base", "thinker"), r"has LoRA factors beside its weights: export them alone with --peft, or all"),
+        (("import", "adapter", "DST", "--base", "thinker", "--lora-alpha", "7"), r"says that alpha is 6; leave out the 7 that was given"),
         (("export", "adapter", "DST", "--base", "thinker", "--peft", "--shard-size", "5"), r"goes with neither --omni nor --shard-size"),
         (("export", "thinker", "DST", "--omni", "thinker"), r"thinker is no full Omni model: no tensor's name begins with thinker\."),
         (("verify", "thinker"), r"thinker is no checkpoint of ours \(no manifest\.json\); tools/convert_weights\.py import .* makes one"),
@@ -234,6 +237,8 @@ def rows(told: Told) -> list[list[str]]:
 
 def test_a_checkpoint_is_verified_by_its_receipt_and_by_what_it_came_from(world: World, run: Run, ours: Path) -> None:
     count = str(len(tensors("uneven")))
+    told = run("verify", ours, world.adapter)  # no model by itself, and there is nothing to name another with
+    assert told.status == 1 and "adapter has no config.json" in told.err and "--base" not in told.err
     told = run("verify", ours, world.thinker)
     assert told.status == 0
     assert [row[:2] for row in rows(told)] == [
@@ -275,10 +280,90 @@ def test_transformers_answers_the_same_at_every_stage(world: World, ours: Path, 
         assert difference <= 0.1 * bound  # the bound leaves room for the depth of a real model; here 1e-5 of the largest value is enough
 
 
-def test_a_disk_that_fails_is_told(ours: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    def stops(*_: Any, **__: Any) -> None:
-        raise OSError(28, "No space left on device")
+def test_a_disk_that_fails_while_it_is_read_is_told_and_the_work_goes_on(
+    world: World, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was done is no fault of the checkpoint's, so it is kept."""
+    read, reads = StoredTensor._read, itertools.count()
 
-    monkeypatch.setattr(verify, "verify", stops)
-    told = run("verify", ours)
-    assert told.status == 1 and "Not done: " in told.err and "No space left on device" in told.err
+    def fails_once(self: StoredTensor, *where: Any) -> np.ndarray:
+        return read(dataclasses.replace(self, file=tmp_path) if next(reads) == 100 else self, *where)
+
+    monkeypatch.setattr(StoredTensor, "_read", fails_once)
+    told = run("import", world.thinker, tmp_path / "ours")
+    assert told.status == 1 and re.search(r"Not done: .*: (model|audio_tower|visual)\.\S+ cannot be read \(Is a directory\)", told.err)
+    assert "What is done is kept in" in told.err
+    told = run("import", world.thinker, tmp_path / "ours")
+    assert told.status == 0 and re.search(r"going on where it stopped: \d+ tensors are there", told.err)
+
+
+def test_a_receipt_of_a_merge_says_what_went_into_every_weight(world: World, run: Run, tmp_path: Path) -> None:
+    assert run("merge", world.adapter, tmp_path / "ours", "--base", world.thinker).status == 0
+    assert run("export", world.adapter, tmp_path / "theirs", "--base", world.thinker, "--merge").status == 0
+    lora, name = random_lora("uneven").config, "model.layers.0.self_attn.q_proj"
+    factors = [f"base_model.model.{name}.lora_{factor}.weight in {world.adapter / 'adapter_model.safetensors'}" for factor in "AB"]
+    for receipt in (tmp_path / "ours" / "manifest.json", tmp_path / "theirs" / "conversion_manifest.json"):
+        said = json.loads(receipt.read_text())
+        assert (said["source"], said["base"]) == (str(world.adapter), str(world.thinker))
+        assert (said["merged"]["rank"], said["merged"]["alpha"], said["merged"]["scale"]) == (lora.rank, lora.alpha, lora.scale)
+        of = {record["name"]: record for record in said["tensors"]}
+        assert of[f"{name}.weight"]["with"] == factors and of[f"{name}.bias"]["with"] == []
+
+
+def test_what_an_adapter_has_no_place_for_is_said_to_stay_behind(world: World, run: Run, tmp_path: Path) -> None:
+    """Heads on the way out, and on the way in factors of the talker, by their own name."""
+    talker = "base_model.model.talker.model.layers.0.self_attn.q_proj.lora_A.weight"
+    shutil.copytree(world.adapter, tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    save_file(load_file(file) | {talker: np.ones((3, 4), np.float32)}, file)
+    told = run("export", tmp_path / "adapter", tmp_path / "out", "--base", world.released, "--peft")
+    assert told.status == 0 and f"left behind: 1 tensors (the speech side of a full Omni model): {talker}" in told.err
+    assert "left behind: 2 tensors (an adapter of PEFT holds LoRA factors alone): heads.0." in told.err
+    skipped = json.loads((tmp_path / "out" / "conversion_manifest.json").read_text())["skipped"]
+    assert {record["name"] for record in skipped} == {talker, "heads.0.weight", "heads.0.bias"}
+
+
+def planned(told: Told) -> dict[str, list[str]]:
+    return {first: rest for first, *rest in rows(told)}
+
+
+def test_a_plan_says_what_becomes_of_everything(world: World, run: Run, tmp_path: Path) -> None:
+    """Dtypes as they will be, heads, what stays behind, files and companions."""
+    omni = {f"thinker.{name}": value for name, value in tensors("uneven").items()}
+    omni |= {f"talker.layers.{layer}.x": np.ones(2, np.float32) for layer in range(3)}
+    folder = store(tmp_path / "omni", omni, {"thinker_config": CONFIG.to_hf()})
+    shutil.copy(world.released / HEADS, folder)
+    found = planned(run("import", folder, tmp_path / "dst", "--dtype", "float16", "--dry-run"))
+    assert found["model.norm.weight"][-1] == "float16"
+    assert found["heads.0.bias"] == ["parts.safetensors", "2", "float32"]
+    assert found["talker.layers.{}.x"][:2] == ["left behind: the speech side of a full Omni model", "3 tensors"]
+    assert found["parts.safetensors"] == ["2 tensors"] and found["params/"][0].endswith(" arrays")
+
+    found = planned(run("export", world.released, tmp_path / "dst", "--shard-size", "0.0001", "--dry-run"))
+    assert found["model.norm.weight"][-1] == "bfloat16" and found["heads.0.weight"][0] == HEADS
+    assert found[HEADS] == ["2 tensors"] and found["tokenizer.model"] == [f"copied from {world.released}"]
+    assert run("export", world.released, tmp_path / "dst", "--shard-size", "0.0001").status == 0
+    assert {name for name in found if name.endswith(".safetensors")} == weights(tmp_path / "dst").keys()
+
+
+def test_a_plan_fails_where_the_work_would(world: World, run: Run, tmp_path: Path) -> None:
+    stored = tensors("uneven", ml_dtypes.bfloat16)
+    stored["model.layers.1.mlp.up_proj.weight"] = stored["model.layers.1.mlp.up_proj.weight"].astype(np.float32)
+    mixed = store(tmp_path / "mixed", stored, CONFIG.to_hf())
+    for arguments in (("import", mixed, tmp_path / "dst"), ("export", world.thinker, tmp_path / "dst", "--omni", world.thinker)):
+        plan, work = run(*arguments, "--dry-run"), run(*arguments)
+        assert (plan.status, work.status) == (1, 1) and plan.err == work.err
+
+
+def test_what_names_would_do_to_a_terminal_is_not_done(run: Run, tmp_path: Path) -> None:
+    name = "evil\x1b[31m\x1b]0;title\x07"
+    told = run("inspect", store(tmp_path / "odd", tensors("uneven") | {name: np.ones(1, np.float32)}, CONFIG.to_hf()))
+    assert told.status == 1 and "\x1b[31m" not in told.out + told.err and "\x07" not in told.out + told.err
+    assert r"evil\x1b[31m\x1b]0;title\x07" in told.out and r"evil\x1b[31m\x1b]0;title\x07" in told.err
+
+
+@pytest.mark.parametrize("number", ["0", "-1", "nan", "inf", "x"])
+def test_a_size_that_is_none_is_told(run: Run, capsys: pytest.CaptureFixture[str], number: str) -> None:
+    with pytest.raises(SystemExit):
+        run("export", "a", "b", f"--shard-size={number}")
+    assert f"argument --shard-size: '{number}' is no number above 0" in capsys.readouterr().err

@@ -8,7 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from huggingface_hub.utils import filter_repo_objects
 
+from omnisapiens_jax.convert import hub
 from omnisapiens_jax.convert.hub import resolve
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -60,3 +62,41 @@ def test_a_directory_comes_before_a_name(tmp_path: Path, monkeypatch: pytest.Mon
     (tmp_path / "owner" / "name").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     assert resolve("owner/name") == Path("owner/name")
+
+
+LAYOUTS = {
+    "a full Omni model": (
+        "config.json generation_config.json model-00001-of-00005.safetensors model.safetensors.index.json preprocessor_config.json "
+        "merges.txt vocab.json tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json chat_template.json "
+        "chat_template.jinja spk_dict.pt",
+        "README.md LICENSE .gitattributes",
+    ),
+    "a released model": (
+        "config.json model-00001-of-00004.safetensors heads.bin adapters.bin label_scheme.json training_meta.json tokenizer.model",
+        "README.md",
+    ),
+    "a PEFT adapter": ("adapter_config.json adapter_model.safetensors adapter_model.bin tokenizer.json", "optimizer.pt training_args.bin"),
+    "a step of the trainers": (
+        "pytorch_model_fsdp.bin pytorch_model_fsdp_1.bin pytorch_model_fsdp_2.bin meta.json",
+        "optimizer.bin optimizer_1.bin scheduler.bin random_states_0.pkl",
+    ),
+    "shards of verl": (
+        "actor/model_world_size_2_rank_0.pt actor/huggingface/config.json actor/lora_adapter/adapter_config.json",
+        "actor/optim_world_size_2_rank_0.pt actor/extra_state_world_size_2_rank_0.pt data.pt",
+    ),
+    "a checkpoint of ours": ("manifest.json config.json parts.safetensors params/_METADATA params/lm_head.kernel/0.0 lora/a.b/.zarray", ""),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_of_every_layout_what_is_read_is_fetched_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: str) -> None:
+    wanted, unwanted = (names.split() for names in LAYOUTS[layout])
+
+    def fetch(repository: str, *, revision: str | None, allow_patterns: list[str]) -> str:
+        assert (repository, revision) == ("owner/name", None)
+        assert list(filter_repo_objects([*wanted, *unwanted], allow_patterns=allow_patterns)) == wanted
+        return str(tmp_path)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(hub, "snapshot_download", fetch)
+    assert resolve("owner/name") == tmp_path

@@ -13,6 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 from omnisapiens_jax.convert import huggingface
 from omnisapiens_jax.convert.huggingface import INDEX, SINGLE
+from omnisapiens_jax.convert.kinds import open_source
 from omnisapiens_jax.convert.source import FLOATS, Params, Source, read_params
 from omnisapiens_jax.convert.unfinished import whole_or_nothing
 from omnisapiens_jax.models.config import ThinkerConfig
@@ -211,6 +212,7 @@ def test_a_broken_directory_says_what_is_wrong(tmp_path: Path) -> None:
         ("[]", r"is no index of shards"),
         ('{"weight_map": ["a"]}', r"is no index of shards"),
         ('{"weight_map": {"a": "../model.safetensors"}}', r"a lies in '\.\./model\.safetensors', which is no file beside it"),
+        ('{"weight_map": {"a": ".."}}', r"a lies in '\.\.', which is no file beside it"),
         ('{"weight_map": {"a": 3}}', r"a lies in 3, which is no file beside it"),
     ):
         (lost / INDEX).write_text(index)
@@ -236,6 +238,48 @@ def test_parameters_of_another_model_are_not_written(tmp_path: Path) -> None:
     with pytest.raises(ConversionError, match=r"unknown lm_head\.kernel, misshapen audio\.conv1\.kernel \(36, 24\) instead of \(30, 32\)"):
         huggingface.save_thinker(params, cases.CONFIGS["tied"], tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+def test_a_head_is_tied_only_where_the_config_says_so(tmp_path: Path) -> None:
+    """Else a checkpoint whose head was lost would answer with its embeddings."""
+    stored = tensors("uneven")
+    head = stored.pop("lm_head.weight")
+    folder = store(tmp_path / "hf", stored, cases.CONFIGS["uneven"].to_hf())
+    with pytest.raises(ConversionError, match=r"1 missing: lm_head\.weight$"):
+        read(folder)
+    (folder / "config.json").write_text(json.dumps(cases.CONFIGS["uneven"].to_hf() | {"tie_word_embeddings": True}))
+    assert huggingface.open_huggingface(folder).config.tie_head
+    own = store(tmp_path / "own", stored | {"lm_head.weight": head}, json.loads((folder / "config.json").read_text()))
+    assert not huggingface.open_huggingface(own).config.tie_head  # a head that is there is used
+
+
+def test_a_manifest_of_others_does_not_make_it_a_checkpoint_of_ours(tmp_path: Path) -> None:
+    folder = store(tmp_path / "hf", tensors("uneven"), cases.CONFIGS["uneven"].to_hf())
+    (folder / "manifest.json").write_text('{"name": "my app"}')
+    assert open_source(folder).kind == "a thinker of Hugging Face"
+
+
+def test_a_full_omni_model_has_what_its_base_has_and_nothing_more(tmp_path: Path) -> None:
+    """Its config and voices, but no heads, adapters or index of other files."""
+    thinker = tensors("uneven")
+    source = huggingface.open_huggingface(store(tmp_path / "hf", thinker, cases.CONFIGS["uneven"].to_hf()))
+    stored = {f"thinker.{name}": -value for name, value in thinker.items()} | {"talker.x": np.ones(2, np.float32)}
+    base = store(tmp_path / "base", stored, full_omni(cases.CONFIGS["uneven"]))
+    for name in ("heads.bin", "adapter_config.json", INDEX, "generation_config.json"):
+        (base / name).write_text("{}")
+
+    def written(target: Path) -> set[str]:
+        with whole_or_nothing(target, None) as (folder, journal):
+            huggingface.write_omni(source, base, folder, journal)
+        return {path.name for path in target.iterdir()}
+
+    with pytest.raises(ConversionError, match=r"base has no spk_dict\.pt, without which transformers loads no full Omni model"):
+        written(tmp_path / "out")
+    (base / "spk_dict.pt").write_bytes(b"voices")
+    assert written(tmp_path / "out") == {SINGLE, "config.json", "spk_dict.pt", "generation_config.json", huggingface.RECEIPT}
+    assert_same_bits(
+        read_back(tmp_path / "out"), {f"thinker.{name}": value for name, value in thinker.items()} | {"talker.x": stored["talker.x"]}
+    )
 
 
 @pytest.mark.oracle

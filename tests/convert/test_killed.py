@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import pytest
 
 from omnisapiens_jax.convert.kinds import open_source
-from omnisapiens_jax.convert.unfinished import JOURNAL
+from omnisapiens_jax.convert.unfinished import JOURNAL, Journal
 from tests.convert.test_command_line import content, without_times
 from tests.convert.test_huggingface import store, tensors
 from tests.convert.test_peft import exported, random_lora
@@ -90,6 +93,56 @@ def test_a_source_that_changed_meanwhile_is_begun_anew(thinker: Path, tmp_path: 
     assert "going on" not in capsys.readouterr().err
     for name, tensor in open_source(tmp_path / "ours").tensors.items():
         assert tensor.read().tobytes() == other[name].tobytes()
+
+
+def interrupted(command: list[str], after: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stops as a kill would, but in this process."""
+    add = Journal.add
+
+    def stop(self: Journal, key: str, record: Any) -> None:
+        if len(self.done) == after:
+            raise KeyboardInterrupt
+        add(self, key, record)
+
+    monkeypatch.setattr(Journal, "add", stop)
+    assert main(command) == 1
+    monkeypatch.setattr(Journal, "add", add)
+
+
+def louder(file: Path) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"lora_alpha": 600}))
+
+
+def touched(file: Path) -> None:
+    os.utime(file, (1, 1))
+
+
+def test_a_merge_whose_adapter_changed_meanwhile_is_begun_anew(
+    thinker: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By whatever of it is read, or by another version of the program; else half of each would make a checkpoint that never was."""
+    adapter = exported(dataclasses.replace(open_source(thinker), lora=random_lora("uneven")), tmp_path / "adapter")
+    command = ["merge", str(adapter), str(tmp_path / "ours"), "--base", str(thinker)]
+    changes: list[Callable[[], None]] = [
+        lambda: touched(adapter / "adapter_model.safetensors"),
+        lambda: touched(thinker / "config.json"),
+        lambda: touched(thinker / "model.safetensors.index.json"),
+        lambda: monkeypatch.setattr("tools.convert_weights.version", lambda _: "another"),
+        lambda: louder(adapter / "adapter_config.json"),
+    ]
+    interrupted(command, 60, monkeypatch)
+    interrupted(command, 70, monkeypatch)
+    assert "going on where it stopped: 60 tensors are there" in capsys.readouterr().err  # with nothing changed
+    for change in changes:
+        change()
+        interrupted(command, 60, monkeypatch)
+        assert "going on" not in capsys.readouterr().err
+    louder(adapter / "adapter_config.json")
+    assert main(command) == 0
+    wanted = open_source(adapter, base=thinker).merged()
+    for name, tensor in open_source(tmp_path / "ours").tensors.items():
+        whole = wanted.tensors[name]
+        assert tensor.read().tobytes() == whole.read().astype(whole.dtype).tobytes(), name
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -27,6 +28,7 @@ from omnisapiens_jax.processing.example import Bucket
 from omnisapiens_jax.processing.tensors import ConversionError, Tensor
 from omnisapiens_jax.processing.torch_files import write_torch_file
 from omnisapiens_jax.resources import resource
+from tests import pickles
 from tests.models import cases
 from tests.oracle import run_oracle
 
@@ -304,3 +306,32 @@ def test_what_is_no_checkpoint_is_told(tmp_path: Path) -> None:
 )
 def test_names_without_what_wrappers_put_around_them(name: str, bare: str) -> None:
     assert canonical(name) == bare
+
+
+def verl_shard(folder: Path, content: Any) -> Path:
+    """A run of one rank, with its config beside it."""
+    (folder / "huggingface").mkdir(parents=True)
+    (folder / "huggingface" / "config.json").write_text(json.dumps(cases.CONFIGS[CONFIG].to_hf()))
+    pickles.archive(folder / "model_world_size_1_rank_0.pt", content)
+    return folder
+
+
+def test_a_shard_with_a_number_for_a_name_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConversionError, match=r"rank_0\.pt does not hold a dict of tensors by their names"):
+        open_source(verl_shard(tmp_path / "actor", {3: pickles.tensor()}))
+
+
+def test_what_verl_says_of_its_factors_is_read(tmp_path: Path) -> None:
+    """It lies beside the shards; without it alpha is twice the rank."""
+    module = "base_model.model.model.layers.0.self_attn.q_proj"
+    folder = verl_shard(tmp_path / "actor", {f"{module}.lora_{factor}.default.weight": pickles.tensor() for factor in "AB"})
+    lora = open_source(folder).lora
+    assert lora and (lora.config.rank, lora.config.alpha, lora.config.stabilised) == (3, 6, False)
+    described = folder / "lora_adapter" / "adapter_config.json"
+    described.parent.mkdir()
+    described.write_text(json.dumps({"peft_type": "LORA", "r": 3, "lora_alpha": 48, "use_rslora": True}))
+    source = open_source(folder)
+    assert source.lora and (source.lora.config.rank, source.lora.config.alpha, source.lora.config.stabilised) == (3, 48, True)
+    assert source.files == {folder / "model_world_size_1_rank_0.pt", described, folder / "huggingface" / "config.json"}
+    with pytest.raises(ConversionError, match=r"says that alpha is 48; leave out the 64 that was given"):
+        open_source(folder, lora_alpha=64)

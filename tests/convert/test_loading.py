@@ -201,6 +201,10 @@ def test_what_is_wrong_is_told_before_the_long_work(theirs: Path, tmp_path: Path
     shutil.copytree(theirs, folder)
     (folder / "tokenizer.model").unlink()
     with pytest.raises(
+        ConversionError, match=r"bare is a thinker of Hugging Face, which has no LoRA factors; leave out the 3 that was given"
+    ):
+        omnisapiens_jax.load(folder, lora_alpha=3.0)
+    with pytest.raises(
         FileNotFoundError, match=r"bare has neither tokenizer\.json nor tokenizer\.model; copy that of the model it was made from"
     ):
         omnisapiens_jax.load(folder)

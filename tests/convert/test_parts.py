@@ -137,6 +137,7 @@ def test_parts_are_told_from_the_thinker() -> None:
     [
         ({"heads.1.weight": None}, r"heads\.1\.weight is missing"),
         ({"heads.1.bias": None}, r"heads\.1\.bias is missing"),
+        ({"heads.0.weight": (0, 6), "heads.0.bias": (0,)}, r"heads\.0\.weight is empty: \(0, 6\), heads\.0\.bias is empty: \(0,\)"),
         ({"heads.0.weight": None, "heads.0.bias": None}, r"the heads are numbered 1, not from 0 on"),
         ({"heads.999999999999.bias": (1,)}, r"the heads are numbered 0, 1, 999999999999, not from 0 on"),
         ({"heads.0.weight": (2, 7)}, r"heads\.0\.weight has shape \(2, 7\), not \(2, 6\)"),
@@ -178,17 +179,18 @@ def test_todays_parts_are_left_as_they_are() -> None:
     assert modern(found) == found
 
 
-def test_the_folded_bias_keeps_its_dtype() -> None:
+def test_the_folded_bias_is_float32() -> None:
+    """In bfloat16 the sum would lose what the fold adds; what is not summed keeps its dtype."""
     found = some_parts() | {
         "audio_adapter.mlp.0.weight": HeldTensor("w", np.ones((4, 8), ml_dtypes.bfloat16)),
         "audio_adapter.mlp.0.bias": HeldTensor("b", np.ones(4, ml_dtypes.bfloat16)),
         "audio_adapter.ln_conf.weight": HeldTensor("s", np.full(3, 9, ml_dtypes.bfloat16)),
-        "audio_adapter.ln_conf.bias": HeldTensor("c", np.full(3, 2, ml_dtypes.bfloat16)),
+        "audio_adapter.ln_conf.bias": HeldTensor("c", np.full(3, 1 / 256, ml_dtypes.bfloat16)),
     }
     folded = modern(found)
     assert folded.keys() == some_parts().keys()
-    assert {folded[f"audio_adapter.mlp.0.{name}"].dtype for name in ("weight", "bias")} == {np.dtype(ml_dtypes.bfloat16)}
-    np.testing.assert_array_equal(folded["audio_adapter.mlp.0.bias"].read().astype(np.float32), 1 + 3 * 2)
+    assert folded["audio_adapter.mlp.0.weight"].dtype == ml_dtypes.bfloat16
+    np.testing.assert_array_equal(folded["audio_adapter.mlp.0.bias"].read(), np.full(4, 1 + 3 / 256, np.float32), strict=True)
     assert folded["audio_adapter.mlp.0.weight"].shape == (4, 5)
 
 

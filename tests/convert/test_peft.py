@@ -333,3 +333,46 @@ def test_an_export_needs_factors(bases: dict[str, Path], tmp_path: Path) -> None
     with pytest.raises(ConversionError, match="has no LoRA factors"):
         exported(open_source(bases["uneven"]), tmp_path / "adapter")
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"r": 0},
+        {"r": 3.9},
+        {"r": float("inf")},
+        {"r": "3"},
+        {"lora_alpha": float("nan")},
+        {"lora_alpha": float("inf")},
+        {"lora_alpha": None},
+    ],
+    ids=str,
+)
+def test_a_rank_or_alpha_that_cannot_be_is_refused(adapter: Path, bases: dict[str, Path], changes: dict[str, Any]) -> None:
+    told(adapter, **changes)
+    with pytest.raises(ConversionError, match=r"adapter_config\.json does not say r and lora_alpha \(ValueError\(.a LoRA (rank|alpha) is"):
+        open_source(adapter, base=bases["uneven"])
+
+
+def test_an_adapter_without_factors_is_refused(adapter: Path, bases: dict[str, Path]) -> None:
+    file = adapter / "adapter_model.safetensors"
+    save_file({}, file)
+    with pytest.raises(ConversionError, match=r"adapter holds no LoRA factors of a thinker; left behind: nothing"):
+        open_source(adapter, base=bases["uneven"])
+    talker = "base_model.model.talker.model.layers.0.self_attn.q_proj.lora_A.weight"
+    save_file({talker: np.ones((3, 4), np.float32)}, file)
+    with pytest.raises(ConversionError, match=rf"no LoRA factors of a thinker; left behind: {talker}"):
+        open_source(adapter, base=bases["uneven"])
+
+
+def test_an_adapter_is_read_from_its_files_and_those_of_its_base(adapter: Path, bases: dict[str, Path]) -> None:
+    """Also when it is merged: work that goes on must find all of them unchanged."""
+    source, base = open_source(adapter, base=bases["uneven"]), bases["uneven"]
+    wanted = {adapter / "adapter_model.safetensors", adapter / "adapter_config.json", base / "model.safetensors", base / "config.json"}
+    assert source.files == source.merged().files == wanted
+
+
+def test_an_alpha_that_is_said_is_not_given_another(adapter: Path, bases: dict[str, Path]) -> None:
+    assert open_source(adapter, base=bases["uneven"], lora_alpha=random_lora("uneven").config.alpha).lora
+    with pytest.raises(ConversionError, match=r"which says that alpha is 6; leave out the 7 that was given \(lora_alpha\)"):
+        open_source(adapter, base=bases["uneven"], lora_alpha=7)

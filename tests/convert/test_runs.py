@@ -143,9 +143,13 @@ def test_heads_of_the_weights_stay_behind(tmp_path: Path, weights: Path) -> None
     """They read states that the run has changed."""
     parts = {"heads.0.weight": np.ones((3, 32), np.float32), "heads.0.bias": np.ones(3, np.float32)}
     source = dataclasses.replace(open_source(weights), parts={name: HeldTensor(name, value) for name, value in parts.items()})
-    assert saved(source, tmp_path / "ours", write_checkpoint).parts.keys() == parts.keys()
+    found = saved(source, tmp_path / "ours", write_checkpoint)
+    assert found.parts.keys() == parts.keys()
     learn(tmp_path / "run" / "rl", 1, weights=str(tmp_path / "ours"), **LORA)
-    assert not open_source(tmp_path / "run" / "rl").parts
+    stage = open_source(tmp_path / "run" / "rl")
+    assert not stage.parts
+    assert [(left.name, left.why) for left in stage.skipped] == [(name, "it reads states that the run has changed") for name in found.parts]
+    assert {tmp_path / "run" / "config.json", tmp_path / "ours" / "manifest.json", tmp_path / "ours" / "params"} < stage.files
 
 
 def test_what_is_no_whole_stage_is_told(tmp_path: Path, weights: Path) -> None:
@@ -173,3 +177,12 @@ def test_what_is_no_whole_stage_is_told(tmp_path: Path, weights: Path) -> None:
     shutil.rmtree(tmp_path / "run" / "rl" / "state" / "1")
     with pytest.raises(ConversionError, match=r"rl has no whole checkpoint yet"):
         open_source(tmp_path / "run" / "rl")
+
+
+def test_a_path_is_taken_as_it_is(tmp_path: Path) -> None:
+    """Not as a URL, in which some letters mean others: %41 is A."""
+    other = tmp_path / "A #?" / "rl"
+    learn(other, 1, preset="tiny", seed=1)
+    learnt = learn(tmp_path / "%41 #?" / "rl", 1, preset="tiny")
+    found = open_source(tmp_path / "%41 #?" / "rl").tensors
+    same({name: found[name] for name in learnt}, learnt)

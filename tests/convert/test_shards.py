@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from omnisapiens_jax.convert.shards import join_shards
+from omnisapiens_jax.convert.shards import JoinedTensor, join_shards
 from omnisapiens_jax.processing.tensors import ConversionError, StoredTensor
 from omnisapiens_jax.processing.torch_files import ShardedTensor, read_torch_file
 from tests.oracle import run_oracle
@@ -108,3 +108,10 @@ def test_shards_of_earlier_versions_of_torch_are_read(tmp_path: Path, tensors: s
 
     whole = join_shards("weight", [part(0), part(1)])
     np.testing.assert_array_equal(whole.read(), np.arange(10, dtype=np.float32).reshape(5, 2))
+
+
+def test_a_joined_tensor_names_every_part() -> None:
+    """Else work could go on after one of the later files changed."""
+    parts = [StoredTensor("weight", Path(f"rank_{rank}.pt"), np.dtype(np.float32), (2, 3), 0) for rank in range(4)]
+    rows = [JoinedTensor("weight", (parts[rank], parts[rank + 1]), 1, (2, 6)) for rank in (0, 2)]
+    assert JoinedTensor("weight", tuple(rows), 0, (4, 6)).made_of == tuple(parts)
