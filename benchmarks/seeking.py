@@ -36,7 +36,7 @@ def clip(seconds: int, group: int, width: int = 640, height: int = 360) -> bytes
 
 def in_order(source: bytes) -> np.ndarray:
     """The frames, without seeking."""
-    with av.open(io.BytesIO(source)) as container:
+    with av.open(io.BytesIO(source), "r") as container:
         stream, packets = media._read_packets(container, "clip")
         stream.thread_count = 1
         wanted = media.frame_indices(len(packets), 4)

@@ -44,7 +44,7 @@ from omnisapiens_jax.convert.kinds import open_source
 from omnisapiens_jax.convert.names import Mapping as Row
 from omnisapiens_jax.convert.names import lora_mappings, mappings
 from omnisapiens_jax.convert.parts import ADAPTERS, HEADS, OURS
-from omnisapiens_jax.convert.source import FLOATS, Source
+from omnisapiens_jax.convert.source import FLOATS, Source, files_of
 from omnisapiens_jax.convert.source import Progress as Report
 from omnisapiens_jax.convert.unfinished import Journal, refuse_existing, whole_or_nothing
 from omnisapiens_jax.processing.tensors import Tensor, nbytes, some
@@ -113,7 +113,7 @@ def _export(options: argparse.Namespace, console: Console) -> int:
     if options.dry_run:
         _plan_export(source, files, omni, console)
         return 0
-    read = source.files | {stored.file for _, tensor in files.values() for stored in tensor.made_of}
+    read = source.files | files_of(tensor for _, tensor in files.values())
     with _writing(options, read | set(huggingface.settings(omni) if omni else ()), console) as (folder, journal, progress):
         if options.peft:
             peft.write_adapter(source, folder, journal, progress=progress)

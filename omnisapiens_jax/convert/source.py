@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +78,7 @@ class Source:
         """Everything that it is read from; a directory stands for the arrays in it."""
         factors = self.lora.factors if self.lora else {}
         tensors = (*self.tensors.values(), *factors.values(), *self.parts.values())
-        return {*self.settings, *(stored.file for tensor in tensors for stored in tensor.made_of)}
+        return {*self.settings, *files_of(tensors)}
 
     def receipt(self) -> dict[str, Any]:
         """What a receipt says of it as a whole."""
@@ -177,6 +177,11 @@ class MergedTensor:
             part.astype(np.float32) for part in (self.base.read(start, stop), self.first.read(), self.second.read(start, stop))
         )
         return weight + second @ (first * np.float32(self.scale))
+
+
+def files_of(tensors: Iterable[Tensor]) -> set[Path]:
+    """The files that tensors are read from."""
+    return {stored.file for tensor in tensors for stored in tensor.made_of if isinstance(stored.file, Path)}
 
 
 def params_source(params: Params, config: ThinkerConfig) -> Source:

@@ -51,7 +51,7 @@ def test_every_committed_row_is_valid_and_its_media_open() -> None:
                 with av.open(str(clip)) as container:
                     assert container.streams.video[0].average_rate == 10
                     assert len(container.streams.audio) == 1
-                landmarks = np.load(sample.ext_video_feats[0])
+                landmarks = np.load(str(sample.ext_video_feats[0]))
                 count = len(landmarks["frame_indices"])
                 assert int(landmarks["total_frames"]) == len(pictures)
                 shapes = {name: landmarks[name].shape for name in ("pose", "face", "left_hand", "right_hand")}

@@ -136,4 +136,4 @@ def test_a_run_trains_on_packed_rows_and_answers_prompts(tmp_path: Path) -> None
         job = here.run(tmp_path)
         state = job.fit(made.sft, "sft", here.state)
         assert int(state.step) > 0 and read_metrics(tmp_path / "sft" / "metrics.jsonl")
-        assert len(job.evaluate("sft", state)) == len(job.atlas.source(made.atlas.test))
+        assert len(job.evaluate("sft", state, job.held_out())) == len(job.atlas.source(made.atlas.test))
