@@ -30,7 +30,7 @@ learning: .venv/.run ## three seeds of warm start, GRPO and SFT in runs/learning
 test: venvs ## all tests but the slow ones
 	$(PYTEST) -m "not slow"
 
-test-slow: venvs .venv/.beam descriptors-env ## the slow tests: whole runs, long comparisons
+test-slow: venvs .venv-beam/.made descriptors-env ## the slow tests: whole runs, long comparisons
 	$(PYTEST) -m slow
 
 bench: venvs ## speed and memory beside transformers on torch, as a table
@@ -49,7 +49,7 @@ venvs: .venv/.test .venv-oracle/.made ## the environments of the tests: ours, an
 descriptors-env: .venv-descriptors/.made-$(OPENSMILE) ## MediaPipe and openSMILE in .venv-descriptors, for new descriptors (OPENSMILE=no leaves that out)
 
 clean: ## remove environments, caches and build products (runs/ stays)
-	rm -rf .venv .venv-oracle .venv-descriptors .venv-throughput .pytest_cache .ruff_cache build dist
+	rm -rf .venv .venv-oracle .venv-descriptors .venv-throughput .venv-beam .pytest_cache .ruff_cache build dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The first interpreter that is new enough and can make environments; 3.11 leads because constraints.txt was resolved there.
@@ -74,9 +74,10 @@ CONSTRAINED = $$($(PY) -c 'import sys; print("--constraint=constraints.txt" if s
 	@$(PY) $(INSTALL) $(CONSTRAINED) --editable '.[atlas,test,dev,tfds]'
 	@touch $@
 
-.venv/.beam: .venv/.test
-	@echo "Installing Apache Beam into .venv"
-	@$(PY) $(INSTALL) $(CONSTRAINED) --editable '.[beam]'
+# Apache Beam asks for older libraries than the rest is tested with.
+.venv-beam/.made: pyproject.toml
+	@$(FIND_PYTHON); echo "Making .venv-beam: omnisapiens-jax with Apache Beam (once; about 1.5 GB, a minute or two)"; $$python -m venv --clear .venv-beam
+	@.venv-beam/bin/python $(INSTALL) --editable '.[beam]'
 	@touch $@
 
 .venv-oracle/.made: tests/oracle-requirements.txt

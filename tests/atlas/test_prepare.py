@@ -141,8 +141,27 @@ def test_a_transfer_study_leaves_datasets_out(release, tmp_path):
         Config.of("cremad", ["tess"])
 
 
+BEAM = "--beam=--runner=DirectRunner --direct_num_workers=2 --direct_running_mode=multi_processing"
+
+
+def beam_python():
+    """Beam's interpreter: $OMNISAPIENS_BEAM_PYTHON, else that of `.venv-beam`; skips where there is none."""
+    python = Path(os.environ.get("OMNISAPIENS_BEAM_PYTHON", REPO / ".venv-beam" / "bin" / "python"))
+    if not python.exists():
+        pytest.skip(f"NOT RUN UNDER BEAM: no {python} (run `make .venv-beam/.made`)")
+    return python
+
+
 def command(source, target, *options):
-    return [sys.executable, "-m", "omnisapiens_jax.atlas.prepare", str(source), str(target), "--shard-rows=10", *options]
+    return [
+        str(beam_python()) if BEAM in options else sys.executable,
+        "-m",
+        "omnisapiens_jax.atlas.prepare",
+        str(source),
+        str(target),
+        "--shard-rows=10",
+        *options,
+    ]
 
 
 def kill_after(files, arguments, target):
@@ -173,9 +192,6 @@ def test_killed_and_run_again_it_is_the_same_dataset_and_no_file_is_made_twice(r
     folder = killed_and_again(4, ["--workers=1"], release[0], tmp_path)
     assert checksums(folder) == checksums(prepared)
     assert [path.name for path in folder.parent.iterdir()] == ["1.0.0"]
-
-
-BEAM = "--beam=--runner=DirectRunner --direct_num_workers=2 --direct_running_mode=multi_processing"
 
 
 @pytest.mark.slow

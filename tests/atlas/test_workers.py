@@ -22,6 +22,7 @@ from omnisapiens_jax.atlas.sources import open_source
 from omnisapiens_jax.atlas.workers import Decoder, IsolatedDecoder, WorkerPool
 from tests.atlas.planted import planted
 from tests.atlas.toys import CONFIG, recipe, write_atlas
+from tests.oracle import hear_interrupts
 
 REPO = Path(__file__).resolve().parents[2]
 
@@ -158,7 +159,9 @@ ENDS = {
 @pytest.mark.parametrize("end", ENDS)
 def test_workers_end_with_the_run_even_while_they_hang(atlas, end):
     code, sent, status = ENDS[end]
-    run = subprocess.Popen([sys.executable, "-c", code, atlas], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd=REPO)
+    run = subprocess.Popen(
+        [sys.executable, "-c", code, atlas], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd=REPO, preexec_fn=hear_interrupts
+    )
     assert run.stdout is not None and run.stdout.readline() == b"ready\n"
     children = psutil.Process(run.pid).children(recursive=True)
     assert len(children) == 1
