@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import tempfile
 from pathlib import Path
@@ -23,11 +22,6 @@ import pytest
 REPO = Path(__file__).resolve().parents[1]
 SCRIPTS = REPO / "tests" / "oracle_scripts"
 VARIABLE = "OMNISAPIENS_ORACLE_PYTHON"
-
-
-def hear_interrupts() -> None:
-    """`preexec_fn` of a process that a test interrupts: a shell's background job ignores interrupts, and what it starts does too."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def oracle_python() -> Path:

@@ -22,7 +22,6 @@ from omnisapiens_jax.atlas.sources import open_source
 from omnisapiens_jax.atlas.workers import Decoder, IsolatedDecoder, WorkerPool
 from tests.atlas.planted import planted
 from tests.atlas.toys import CONFIG, recipe, write_atlas
-from tests.oracle import hear_interrupts
 
 REPO = Path(__file__).resolve().parents[2]
 
@@ -141,13 +140,15 @@ def test_a_closed_pool_leaves_no_process_and_no_waiting_thread(atlas):
 
 
 RUN = """
-import sys, threading
+import signal, sys, threading
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores interrupts, and what it starts does too
 from omnisapiens_jax.atlas.sources import open_source
 from omnisapiens_jax.atlas.workers import Decoder, open_decoder
 from tests.atlas.planted import planted
 decoder = open_decoder(open_source(sys.argv[1]), planted(hang_with_the_lock=4), workers=1)
 decoder.build(0)
 print("ready", flush=True)
+sys.stdin.readline()
 """
 ENDS = {
     "killed": (RUN + "decoder.build(4)", signal.SIGKILL, -signal.SIGKILL),
@@ -159,12 +160,13 @@ ENDS = {
 @pytest.mark.parametrize("end", ENDS)
 def test_workers_end_with_the_run_even_while_they_hang(atlas, end):
     code, sent, status = ENDS[end]
-    run = subprocess.Popen(
-        [sys.executable, "-c", code, atlas], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd=REPO, preexec_fn=hear_interrupts
-    )
-    assert run.stdout is not None and run.stdout.readline() == b"ready\n"
+    pipe = subprocess.PIPE
+    run = subprocess.Popen([sys.executable, "-c", code, atlas], stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, cwd=REPO)
+    assert run.stdin is not None and run.stdout is not None and run.stdout.readline() == b"ready\n"
     children = psutil.Process(run.pid).children(recursive=True)
     assert len(children) == 1
+    run.stdin.write(b"on\n")
+    run.stdin.flush()
     if sent:
         time.sleep(0.5)
         os.kill(run.pid, sent)

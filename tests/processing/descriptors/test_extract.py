@@ -16,7 +16,7 @@ import soundfile
 from omnisapiens_jax.processing.descriptors.__main__ import main
 from omnisapiens_jax.processing.descriptors.extract import ExtractionError, Job, Report, extract, find_jobs, packages
 from omnisapiens_jax.processing.descriptors.read import read_audio_descriptor
-from tests.oracle import REPO, hear_interrupts
+from tests.oracle import REPO
 from tests.processing.descriptors.clips import REAL, encode
 
 # openSMILE's stand-in does what the first sample of a sound asks for.
@@ -166,8 +166,11 @@ def test_a_killed_run_leaves_no_half_file_and_goes_on(tmp_path: Path, python: Pa
 
 def test_an_interrupt_ends_the_children_and_loses_nothing(tmp_path: Path, python: Path) -> None:
     source, target = sounds(tmp_path / "in", a=0.01, b=HANG), tmp_path / "out"
-    command = [sys.executable, "-m", "omnisapiens_jax.processing.descriptors", source, target, "--python", python, "--workers", "2"]
-    stopped = subprocess.Popen(command, cwd=REPO, stderr=subprocess.PIPE, text=True, preexec_fn=hear_interrupts)
+    # A shell's background job ignores interrupts, and what it starts does too.
+    heard = "import runpy, signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    code = f"{heard}; runpy.run_module('omnisapiens_jax.processing.descriptors', run_name='__main__')"
+    command = [sys.executable, "-c", code, source, target, "--python", python, "--workers", "2"]
+    stopped = subprocess.Popen(command, cwd=REPO, stderr=subprocess.PIPE, text=True)
     while stopped.poll() is None and not (target / "opensmile" / "a.wav.npz").exists():
         time.sleep(0.02)
     stopped.send_signal(signal.SIGINT)
