@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 from rich.table import Column, Table
 
-from omnisapiens_jax.atlas.bucketing import SlotCost, choose_buckets, padding_share
+from omnisapiens_jax.atlas.bucketing import SlotCost, choose_buckets, padding_share, planned
 from omnisapiens_jax.atlas.labels import HBA, LabelScheme
 from omnisapiens_jax.atlas.plan import Index, Plan, PlanConfig, Planner
 from omnisapiens_jax.atlas.schema import Media, Sample
@@ -135,14 +135,14 @@ class Lengths:
 
     @classmethod
     def of(cls, index: Index, model: ThinkerConfig, plan: PlanConfig, *, count: int) -> Lengths:
-        """Chooses at most `count` buckets and plans the first epoch."""
+        """Chooses at most `count` buckets, as a run does, and plans the first epoch."""
         cost = SlotCost.of(model)
-        epoch = Planner(index, choose_buckets(index, plan, cost, count=count), plan).epoch(0)
+        epoch = Planner(index, choose_buckets(index, plan, cost.raised(index.sizes), count=count), plan).epoch(0)
         return cls(index, epoch, padding_share(epoch, index, cost))
 
     def waste(self) -> dict[str, float]:
         """Share of an epoch's slots of each kind that hold nothing."""
-        taken = self.index.sizes[np.searchsorted(self.index.ids, self.plan.ids[self.plan.ids >= 0])]
+        taken = self.index.sizes[planned(self.plan, self.index)]
         held = _slots(np.array([dataclasses.astuple(bucket) for bucket in self.plan.buckets])[self.plan.bucket])
         a_batch = int(self.plan.ids[0].size)
         return {

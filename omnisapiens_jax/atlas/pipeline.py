@@ -93,11 +93,6 @@ class Pipeline:
         """`faults/{dataset}/{kind}`: slots of this host, in the batch last given out, whose row was at fault."""
         return {f"faults/{dataset}/{kind}": number for (dataset, kind), number in sorted(count(self.faults_of_step).items())}
 
-    def blank(self, bucket: Bucket) -> Batch:
-        """A batch of that shape with every slot masked: one for each of `planner.buckets` compiles all that a run will need."""
-        shape = self.planner.epoch(0).ids.shape[2:]
-        return self._load.blank(shape, bucket)
-
 
 class _Steps:
     """Grain's source: this host's part of the steps from `start` to `stop`."""
@@ -128,10 +123,6 @@ class _Load:
         ids, withheld = step.ids.ravel().tolist(), step.withheld.ravel().tolist()
         places = [*(self._pool.map if self._pool else map)(self._place, ids, withheld)]
         return self._collate([example for example, _ in places], step), [fault for _, faults in places for fault in faults]
-
-    def blank(self, shape: tuple[int, ...], bucket: Bucket) -> Batch:
-        step = Step(bucket, np.full(shape, MASKED), np.zeros(shape, np.uint8))
-        return self._collate([None] * step.ids.size, step)
 
     def _collate(self, examples: list[Example | None], step: Step) -> Batch:
         if step.ids.ndim == 1:

@@ -21,8 +21,7 @@ from omnisapiens_jax.atlas.faults import FaultLog
 from omnisapiens_jax.atlas.labels import HBA, LabelScheme
 from omnisapiens_jax.atlas.schema import MEDIA_FIELDS, Sample, SampleError
 from omnisapiens_jax.atlas.sources import Source, open_splits
-from omnisapiens_jax.processing.tensors import HeldFile
-from omnisapiens_jax.processing.torch_files import read_torch_file
+from omnisapiens_jax.processing.descriptors.read import DescriptorError, read_content
 
 FREE_TEXT = "(free text)"
 
@@ -202,10 +201,10 @@ def _names(sample: Sample) -> tuple[str, ...]:
     for items, key in ((sample.ext_video_feats, "video_path"), (sample.ext_audio_feats, "file_path")):
         if items and isinstance(items[0], bytes):
             try:
-                content = read_torch_file(HeldFile("descriptor", items[0]))
-            except Exception:  # a broken archive can raise anything, and is told of when the atlas is prepared
+                _, content = read_content(items[0], "descriptor")
+            except DescriptorError:  # told of when the atlas is prepared
                 continue
-            if isinstance(content, dict) and isinstance(content.get(key), str):
+            if isinstance(content.get(key), str):
                 return (content[key],)
     return ()
 

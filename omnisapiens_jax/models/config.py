@@ -308,9 +308,8 @@ _TOKEN_SPELLINGS = {  # our field -> names on disk, the one we write first
 
 
 _LARGEST = (1 << 31) - 1  # of sizes and ids: arrays are indexed in int32
-_MOST_LAYERS: dict[str, int] = dict.fromkeys(
-    ("num_hidden_layers", "encoder_layers", "depth"), 1000
-)  # every layer's tensors are listed by name
+# Every layer's tensors are listed by name.
+_MOST_LAYERS: dict[str, int] = dict.fromkeys(("num_hidden_layers", "encoder_layers", "depth"), 1000)
 
 
 def _need(config: Mapping[str, Any], part: str, name: str) -> Any:

@@ -142,14 +142,6 @@ def test_a_cached_sample_is_decoded_once(atlas, monkeypatch):
     assert sorted(built) == list(range(30))
 
 
-def test_a_blank_batch_has_the_shapes_of_its_bucket(atlas):
-    pipeline = make(atlas)
-    for step, batch in pipeline.batches(0, pipeline.planner.steps_per_epoch):
-        blank = pipeline.blank(pipeline.planner[step].bucket)
-        assert {k: (v.shape, v.dtype) for k, v in blank.items()} == {k: (v.shape, v.dtype) for k, v in batch.items()}
-        assert not blank["row_mask"].any() and (blank["index"] == MASKED).all()
-
-
 def test_targets_are_trained_and_prompts_are_not(atlas):
     plain, taught = make(atlas), make(atlas, with_target=True)
     source = open_source(atlas)

@@ -76,7 +76,7 @@ def read_video_descriptor(
     Raises:
       DescriptorError: the file is missing, broken, refused, or its arrays are not such; NaN and infinity are told, too.
     """
-    file, content = _content(data, name)
+    file, content = read_content(data, name)
     arrays = {part: _array(file, content, part) for part in PARTS}
     if all(array.shape[:1] == (0,) for array in arrays.values()):
         return None
@@ -113,7 +113,7 @@ def read_audio_descriptor(data: bytes | Path, name: str = "audio descriptor") ->
     Raises:
       DescriptorError: the file is missing, broken, refused, or its arrays are not such; NaN and infinity are told, too.
     """
-    file, content = _content(data, name)
+    file, content = read_content(data, name)
     features = _array(file, content, "features")
     if features.shape[:1] == (0,):
         return None
@@ -128,8 +128,8 @@ def read_audio_descriptor(data: bytes | Path, name: str = "audio descriptor") ->
     return Descriptor(features.reshape(AUDIO_WIDTH), frames, times)
 
 
-def _content(data: bytes | Path, name: str) -> tuple[HeldFile, Mapping[str, Any]]:
-    """The file under its full name, and the dict in it."""
+def read_content(data: bytes | Path, name: str) -> tuple[HeldFile, Mapping[str, Any]]:
+    """The file under its full name, and the dict in it. Raises DescriptorError: it is missing, broken or refused."""
     file = HeldFile(f"{name} ({data})" if isinstance(data, Path) else f"{name} ({len(data)} bytes)", _bytes(data, name))
     if not file.content:
         raise DescriptorError(file.name, "is empty")
