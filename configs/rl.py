@@ -11,7 +11,7 @@ def get_config(size: str = "mini") -> ConfigDict:
     config.job = "rl"
     config.warm_start = ConfigDict({"rows": "third" if mini else "none", **defaults.sft(size)})  # whose answers may be seen; none = skip
     if mini:
-        config.warm_start.steps = 200  # a third of the rows is learnt by then
+        config.warm_start.steps = 300  # a third of the rows is learnt by then
     config.rl = ConfigDict(
         {
             "rows": "rest" if mini else "all",  # prompts: those whose answers the warm start did not see
@@ -21,7 +21,7 @@ def get_config(size: str = "mini") -> ConfigDict:
             # 4 prompts at once: at 7b one for each part of fsdp=4 (32 / 4 updates / 2). The fewer, the more without signal are skipped.
             "micro_batches": 8 if mini else 2,
             "temperature": 1.0,
-            "steps": 240 if mini else 10_000,
+            "steps": 200 if mini else 10_000,
             "save_every": 25,
             "record_every": 50,  # rollouts kept for replay and for the report; 0 = none
             # At 4e-4 mini's policy drifts off; 1e-4 and 2e-4 end alike on the validation split.
