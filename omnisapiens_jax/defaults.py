@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from ml_collections import ConfigDict
+
+from omnisapiens_jax.processing.options import ProcessingConfig
 
 SIZES = ("mini", "3b", "7b")
 _DECODER = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -62,12 +66,10 @@ def base(size: str) -> ConfigDict:
     pixels = 56 * 56 if mini else 147_456
     config.processing = ConfigDict(
         {
-            "audio_seconds": 10.0,
-            "video_frames": 4,
+            **dataclasses.asdict(ProcessingConfig()),
             "video_min_pixels": pixels,
             "video_max_pixels": pixels,
-            "real_timing": False,  # positions of frames follow the clip's clock, not one second a grid step
-            "format_prompt": "think",
+            "format_prompt": "think",  # the name of one in chat.FORMAT_PROMPTS
         }
     )
     config.generation = ConfigDict({"unroll": mini, "chunk": 16, "max_tokens": 24 if mini else 2048})

@@ -16,10 +16,10 @@ PACKAGE = "omnisapiens_jax"
 # Lowest first. Single files of the package's root are rooms too.
 ROOMS = (
     "resources",
-    "defaults",
     "parallel",
     "models",
     "processing",
+    "defaults",
     "pages",
     "atlas",
     "convert",
