@@ -78,8 +78,8 @@ class Pipeline:
         if stop <= start:
             return
         dataset = grain.MapDataset.source(_Steps(self.planner, self.host, start, stop)).map(self._load)
-        # Workers are kept busy from within a batch, so that a second batch at the same time would only cost memory.
-        threads = min(self._config.workers, 1) or self._config.threads
+        # Two batches at a time keep workers busy where one of them ends.
+        threads = 2 if self._config.workers else self._config.threads
         options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=self._config.ahead if threads else 0)
         loaded = dataset.to_iter_dataset(options)
         for step, (batch, faults) in enumerate(loaded, start=start):

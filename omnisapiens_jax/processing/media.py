@@ -90,7 +90,7 @@ def decode_video(source: Source, *, frames: int, name: str = "video") -> np.ndar
         raise MediaError(name, f"corrupt or truncated video ({reason})") from reason
     if missing := [index for index in wanted if index not in kept]:
         raise MediaError(name, f"corrupt or truncated video (frame {missing[0]} of {total} cannot be decoded)")
-    return np.stack([kept[index] for index in wanted])
+    return np.stack([kept[index].transpose(2, 0, 1) for index in wanted]).transpose(0, 2, 3, 1)
 
 
 def frame_spacing(source: Source, *, frames: int, name: str = "video") -> float | None:
@@ -219,8 +219,14 @@ def _in_order(decoder: av.VideoCodecContext, packets: list[av.Packet], wanted: l
 
 
 def _rgb(reformatter: VideoReformatter, frame: av.VideoFrame) -> np.ndarray:
-    """A frame as `[H, W, 3]` uint8. One reformatter serves a clip: setting up the conversion costs more than a small frame's own."""
-    return reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()
+    """A frame as `[H, W, 3]` uint8, each colour for itself in memory: resizing wants it so.
+
+    One reformatter serves a clip: setting up the conversion costs more than a small frame's own.
+    """
+    planes = reformatter.reformat(frame, format="gbrp", threads=1).planes
+    colours = [np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)[: frame.height, : frame.width] for plane in planes]
+    green, blue, red = colours
+    return np.stack([red, green, blue]).transpose(1, 2, 0)
 
 
 def _decode_sound_track(raw: io.BytesIO, seconds: float, name: str) -> tuple[np.ndarray, int]:

@@ -7,10 +7,10 @@ normalises them.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 
 import numpy as np
-from PIL import Image
 
 from omnisapiens_jax.models.config import PIXEL_MEAN, VisionConfig
 
@@ -64,12 +64,13 @@ def patchify(frames: np.ndarray, config: VisionConfig, *, min_pixels: int, max_p
     """
     steps, h, w = grid = grid_of(len(frames), frames.shape[1], frames.shape[2], config, min_pixels=min_pixels, max_pixels=max_pixels)
     size, merge, time = config.patch_size, config.spatial_merge_size, config.temporal_patch_size
-    pixels = np.stack([_resize(frame, h * size, w * size) for frame in frames])
+    planes = frames.transpose(0, 3, 1, 2)
+    pixels = np.stack([_resize(plane, h * size, w * size) for frame in planes for plane in frame]).reshape(-1, 3, h * size, w * size)
     if missing := steps * time - len(pixels):
         pixels = np.concatenate([pixels, np.repeat(pixels[-1:], missing, axis=0)])
-    blocks = pixels.reshape(steps, time, h // merge, merge, size, w // merge, merge, size, 3)
-    # (step, time, cell row, in-cell row, y, cell column, in-cell column, x, channel) -> patches in cell order, channel first
-    return blocks.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7).reshape(steps * h * w, -1), grid
+    blocks = pixels.reshape(steps, time, 3, h // merge, merge, size, w // merge, merge, size)
+    # (step, time, channel, cell row, in-cell row, y, cell column, in-cell column, x) -> patches in cell order, channel first
+    return blocks.transpose(0, 3, 6, 4, 7, 2, 1, 5, 8).reshape(steps * h * w, -1), grid
 
 
 def black_patches(grid: tuple[int, int, int], config: VisionConfig) -> np.ndarray:
@@ -134,8 +135,57 @@ def _cell_coords(h: int, w: int, merge: int) -> np.ndarray:
     return coords.reshape(h // merge, merge, w // merge, merge, 2).transpose(0, 2, 1, 3, 4).reshape(-1, merge * merge, 2)
 
 
-def _resize(frame: np.ndarray, height: int, width: int) -> np.ndarray:
-    if frame.shape[:2] == (height, width):
-        return frame
-    # Pillow's bicubic widens its kernel when it shrinks, which is the antialiasing of the published processor.
-    return np.asarray(Image.fromarray(frame).resize((width, height), Image.Resampling.BICUBIC))
+def _resize(plane: np.ndarray, height: int, width: int) -> np.ndarray:
+    """One channel `[H, W]` uint8 as `[height, width]` uint8, as Pillow's bicubic makes it.
+
+    It is resized along the rows, then along the columns, whatever its shape, as the published processor did: Pillow takes tall pictures the
+    other way since version 13. What Pillow adds up pixel by pixel are products of narrow bands of a matrix here, 2.5 times as fast; one pixel
+    in some ten thousand, that lies just between two grey levels, goes to the other one.
+    """
+    if plane.shape[1] != width:
+        across = np.empty((len(plane), width), np.float32)
+        source = plane.astype(np.float32)
+        for made, read, weights in _bands(plane.shape[1], width):
+            np.matmul(source[:, read], weights.T, out=across[:, made])
+        plane = _rounded(across)
+    if len(plane) != height:
+        down = np.empty((height, width), np.float32)
+        source = plane.astype(np.float32, copy=False)
+        for made, read, weights in _bands(len(plane), height):
+            np.matmul(weights, source[read], out=down[made])
+        plane = _rounded(down)
+    return plane.astype(np.uint8, copy=False)
+
+
+def _rounded(values: np.ndarray) -> np.ndarray:
+    """To the nearest grey level, halves upwards, in place."""
+    np.floor(np.add(values, 0.5, out=values), out=values)
+    return np.clip(values, 0, 255, out=values)
+
+
+_BAND = 16  # pixels that are made at once
+
+
+@functools.lru_cache(maxsize=256)
+def _bands(size: int, wanted: int) -> list[tuple[slice, slice, np.ndarray]]:
+    """Weights of a bicubic resize of `size` pixels to `wanted`, band by band: the pixels made, those read, and the matrix between them.
+
+    The kernel (Keys, a = -0.5) is widened when pixels are fewer than before, which is the antialiasing of the published processor; its
+    weights are those of Pillow's `precompute_coeffs`.
+    """
+    scale = size / wanted
+    widened = max(scale, 1.0)
+    centres = (np.arange(wanted) + 0.5) * scale
+    first = np.maximum((centres - 2 * widened + 0.5).astype(int), 0)
+    last = np.minimum((centres + 2 * widened + 0.5).astype(int), size)
+    bands = []
+    for begin in range(0, wanted, _BAND):
+        made = slice(begin, min(begin + _BAND, wanted))
+        read = slice(int(first[made].min()), int(last[made].max()))
+        place = np.arange(read.start, read.stop)
+        x = np.abs(place + 0.5 - centres[made, None]) / widened
+        near, far = (1.5 * x - 2.5) * x * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2
+        weights = np.where(x < 1, near, np.where(x < 2, far, 0.0))
+        weights[(place < first[made, None]) | (place >= last[made, None])] = 0.0
+        bands.append((made, read, (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)))
+    return bands
