@@ -224,7 +224,7 @@ def _rgb(reformatter: VideoReformatter, frame: av.VideoFrame) -> np.ndarray:
     One reformatter serves a clip: setting up the conversion costs more than a small frame's own.
     """
     planes = reformatter.reformat(frame, format="gbrp", threads=1).planes
-    colours = [np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)[: frame.height, : frame.width] for plane in planes]
+    colours = [np.frombuffer(memoryview(plane), np.uint8).reshape(-1, plane.line_size)[: frame.height, : frame.width] for plane in planes]
     green, blue, red = colours
     return np.stack([red, green, blue]).transpose(1, 2, 0)
 
