@@ -78,6 +78,10 @@ def _serializer() -> Any:
     return example_serializer.ExampleSerializer(features().get_serialized_info())
 
 
+class NoSuchSplit(FileNotFoundError):
+    """A split that is not there at all, rather than in part."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Encoded:
     """A sample as a record.
@@ -128,8 +132,11 @@ def decode(row: Mapping[str, Any], *, file: str, index: int) -> Sample:
 
 
 def open_records(folder: Path, split: str) -> Sequence[Mapping[str, Any]]:
-    """The rows of a split by number, for `decode`; can be sent to other processes."""
-    return tfds().builder_from_directory(folder).as_data_source(split)
+    """The rows of a split by number, for `decode`; can be sent to other processes. Raises ValueError when what TFDS needs is broken."""
+    try:
+        return tfds().builder_from_directory(folder).as_data_source(split)
+    except (ValueError, KeyError, FileNotFoundError) as reason:
+        raise ValueError(f"{folder}: dataset_info.json or features.json is broken; prepare again, which mends it ({reason})") from reason
 
 
 _NOTHING = np.zeros(0, np.float32)
@@ -214,9 +221,12 @@ class Receipt:
 
     @classmethod
     def load(cls, folder: Path) -> Receipt:
-        """Reads the receipt of a folder. Raises `FileNotFoundError` when it has none."""
-        plain = json.loads((folder / RECEIPT).read_text())
-        return cls(plain["plan"], {split: tuple(map(Shard.from_json, shards)) for split, shards in plain["splits"].items()})
+        """Reads the receipt of a folder. Raises `FileNotFoundError` when it has none, ValueError when it is broken."""
+        try:
+            plain = json.loads((folder / RECEIPT).read_text())
+            return cls(plain["plan"], {split: tuple(map(Shard.from_json, shards)) for split, shards in plain["splits"].items()})
+        except (ValueError, KeyError, TypeError, AttributeError) as reason:
+            raise ValueError(f"{folder / RECEIPT} is broken ({reason}): copy it again, or remove {folder} and prepare it anew") from reason
 
     def text(self) -> str:
         """The content of the file."""
@@ -224,9 +234,9 @@ class Receipt:
         return json.dumps(plain) + "\n"
 
     def check(self, folder: Path, split: str) -> None:
-        """Raises `FileNotFoundError` when the split, or a file of it in full length, is not there."""
+        """Raises `NoSuchSplit` when the split is not there, `FileNotFoundError` when a file of it in full length is not."""
         if split not in self.splits:
-            raise FileNotFoundError(f"the atlas in {folder} has no split {split!r}; it has {', '.join(self.splits)}")
+            raise NoSuchSplit(f"the atlas in {folder} has no split {split!r}; it has {', '.join(self.splits)}")
         for shard in self.splits[split]:
             path = folder / shard.file
             found = path.stat().st_size if path.is_file() else None

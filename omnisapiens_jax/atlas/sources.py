@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import glob
 import hashlib
 import json
 import os
+import re
 import threading
 from collections import OrderedDict
 from pathlib import Path
@@ -27,6 +29,8 @@ RELEASED = {
     "validation": "final_v8_val_cleaned.jsonl",
     "test": "final_v8_test_cleaned.jsonl",
 }
+
+_NUMBERED = re.compile(r"-(\d+)-of-(\d+)")  # what follows the split in the name of a shard
 
 
 class Source(Protocol):
@@ -52,8 +56,9 @@ def open_source(path: str | Path) -> JsonlSource | ParquetSource | ArrayRecordSo
     `DIR/train.parquet` or the shards `DIR/train-*.parquet`, the first that there is.
 
     Raises:
-        FileNotFoundError: there is none of these.
-        ValueError: a tar beside the JSONL, or the prepared atlas, is broken.
+        NoSuchSplit: there is none of these.
+        FileNotFoundError: shards are missing.
+        ValueError: a tar beside the JSONL, or the prepared atlas, is broken; or the shards are of several sets.
     """
     path = Path(path)
     if (path.parent / records.RECEIPT).is_file():
@@ -61,11 +66,11 @@ def open_source(path: str | Path) -> JsonlSource | ParquetSource | ArrayRecordSo
     for lines in (path, path.with_name(f"{path.name}.jsonl"), path.with_name(RELEASED.get(path.name, path.name))):
         if lines.is_file() and lines.suffix == ".jsonl":
             return JsonlSource(lines)
-    for shards in ([path], [path.with_name(f"{path.name}.parquet")], sorted(path.parent.glob(f"{path.name}-*.parquet"))):
+    for shards in ([path], [path.with_name(f"{path.name}.parquet")], _shards(path)):
         if shards and all(shard.is_file() and shard.suffix == ".parquet" for shard in shards):
             return ParquetSource(shards)
     released = f", {RELEASED[path.name]}" if path.name in RELEASED else ""
-    raise FileNotFoundError(
+    raise records.NoSuchSplit(
         f"no atlas at {path}: expected a .jsonl or .parquet file, or a split's name such as {path.with_name(path.stem)}, which stands for "
         f"the file {path.stem}.jsonl{released}, {path.stem}.parquet or shards {path.stem}-*.parquet, or a split of a prepared atlas"
     )
@@ -75,14 +80,15 @@ def open_splits(folder: str | Path) -> dict[str, JsonlSource | ParquetSource | A
     """Those of train, validation and test that a folder has, in this order.
 
     Raises:
-        FileNotFoundError: it has none.
+        FileNotFoundError: it has none, or a part of one is missing.
+        ValueError: as `open_source`.
     """
     found = {}
     for split in SPLITS:
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(records.NoSuchSplit):
             found[split] = open_source(Path(folder) / split)
     if not found:
-        raise FileNotFoundError(
+        raise records.NoSuchSplit(
             f"no atlas in {folder}: expected splits named {', '.join(SPLITS)} as .jsonl, .parquet or parquet shards, the tar release's "
             f"{', '.join(RELEASED.values())}, or a prepared atlas"
         )
@@ -272,7 +278,8 @@ class ArrayRecordSource:
             split: one of its splits.
 
         Raises:
-            FileNotFoundError: there is no such split, or shards of it are missing.
+            NoSuchSplit: there is no such split.
+            FileNotFoundError: shards of it are missing.
             ImportError: the extra `tfds` is not installed.
         """
         self.folder, self.split = Path(folder), split
@@ -284,8 +291,13 @@ class ArrayRecordSource:
         return len(self._records)
 
     def __getitem__(self, index: int) -> Sample:
-        index = _checked(index, len(self))
-        return records.decode(self._records[index], file=str(self.folder / self.split), index=index)
+        index, file = _checked(index, len(self)), str(self.folder / self.split)
+        try:
+            record = self._records[index]
+        except (RuntimeError, ValueError) as error:  # what ArrayRecord and protocol buffers say of bytes that have changed
+            reason = f"is damaged, prepare again, which mends it ({error})"
+            raise SampleError(reason, kind="schema", file=file, row=index, dataset="?", field="(the record)") from error
+        return records.decode(record, file=file, index=index)
 
     def datasets(self) -> list[str]:
         """The dataset of every row."""
@@ -298,6 +310,21 @@ class ArrayRecordSource:
     def stamp(self, index: int) -> str:
         """Nothing: the media are inside."""
         return ""
+
+
+def _shards(path: Path) -> list[Path]:
+    """The parquet shards of a split in order. Where their names say how many there are (`-00000-of-00293`), all of them must be there."""
+    found = sorted(path.parent.glob(f"{glob.escape(path.name)}-*.parquet"))
+    numbers = [(shard, [int(n) for n in match.groups()]) for shard in found if (match := _NUMBERED.match(shard.name[len(path.name) :]))]
+    if not numbers:
+        return found
+    there, of = {number for _, (number, _) in numbers}, {of for _, (_, of) in numbers}
+    if len(of) > 1 or len(there) < len(numbers):
+        raise ValueError(f"{path}: its shards are of more than one set, from {numbers[0][0].name} to {numbers[-1][0].name}; keep one")
+    if (missing := max(of) - len(there)) > 0:
+        first = f"{path.name}-{min({*range(max(of))} - there):05d}-of-{max(of):05d}.parquet"
+        raise FileNotFoundError(f"{path}: {missing} of its {max(of)} shards are missing, such as {first}; fetch them again")
+    return [shard for shard, _ in numbers]
 
 
 def _footer(path: Path, size: int) -> bytes:

@@ -98,6 +98,22 @@ def test_a_split_is_found_by_its_name(jsonl, parquet, tmp_path):
     assert len(open_source(parquet)) == 23  # the shards of another split beside them do not count
 
 
+def test_a_split_of_which_a_shard_is_missing_is_no_split(parquet):
+    """A download that stopped must not look like a smaller atlas, nor like one without this split."""
+    first, last = sorted(parquet.parent.glob("*.parquet"))
+    content = last.read_bytes()
+    last.unlink()
+    for open_ in (open_source, lambda path: open_splits(path.parent)):
+        with pytest.raises(FileNotFoundError, match="1 of its 2 shards are missing, such as train-00001-of-00002.parquet; fetch"):
+            open_(parquet)
+    last.write_bytes(content)
+    (parquet.parent / "train-extra-00000-of-00001.parquet").write_bytes(content)  # a split of another name
+    assert len(open_source(parquet)) == 23 and len(open_source(f"{parquet}-extra")) == 9
+    (parquet.parent / "train-00000-of-00001.parquet").write_bytes(content)  # another download
+    with pytest.raises(ValueError, match="more than one set"):
+        open_source(parquet)
+
+
 def test_a_broken_line_is_an_error_of_that_row_only(jsonl):
     text = jsonl.read_text().replace('{"problem": "<audio> Wie geht\'s 3?', '{"problem: "<audio> Wie geht\'s 3?')
     jsonl.write_text(text)
