@@ -115,7 +115,7 @@ def _file(source: Source, row: int) -> str:
 def _append(path: Path, faults: list[SampleError]) -> None:
     """Writes what the list lacks, in one piece; other processes and hosts may do the same at the same time."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+b", buffering=0) as file:
+    with path.open("a+b") as file:
         fcntl.flock(file, fcntl.LOCK_EX)  # until it is closed
         if path.stat().st_size:
             file.seek(-1, os.SEEK_END)
