@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import av
 import av.error
 import numpy as np
 
@@ -24,6 +23,7 @@ from omnisapiens_jax.processing.descriptors.read import (
     read_audio_descriptor,
     read_video_descriptor,
 )
+from omnisapiens_jax.processing.media import open_container
 
 NAME = "human_behavior_atlas"
 VERSION = "1.0.0"
@@ -168,9 +168,9 @@ def _descriptor(sample: Sample, field: str, videos: Sequence[bytes]) -> Descript
 def _frame_rate(video: bytes) -> float | None:
     """Frames a second by the container's header; None where it does not say."""
     try:
-        with av.open(io.BytesIO(video), "r") as container:
+        with open_container(io.BytesIO(video)) as container:
             rate = container.streams.video[0].average_rate if container.streams.video else None
-    except av.error.FFmpegError:
+    except (av.error.FFmpegError, UnicodeDecodeError):
         return None  # the sample's own fault, found when it is decoded
     return float(rate) if rate else None
 
