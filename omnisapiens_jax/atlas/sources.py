@@ -48,6 +48,10 @@ class Source(Protocol):
         """Changes when a media file that the row names does; "" where the fingerprint says it all."""
         ...
 
+    def file(self, index: int) -> str:
+        """The file that a row is in, as samples and errors say it. Reads nothing."""
+        ...
+
 
 def open_source(path: str | Path) -> JsonlSource | ParquetSource | ArrayRecordSource:
     """The source at a path: a `.jsonl` or `.parquet` file, or a split without the ending.
@@ -148,6 +152,10 @@ class JsonlSource:
         paths = [self.path.parent / name for names in named if isinstance(names, list) for name in names if isinstance(name, str)]
         return " ".join([*map(_file_stamp, paths), self._tars.stamp]).strip()
 
+    def file(self, index: int) -> str:
+        """The same for all rows."""
+        return str(self.path)
+
     def _row(self, index: int) -> dict[str, Any]:
         with self.path.open("rb") as file:
             file.seek(self._offsets[index])
@@ -213,17 +221,16 @@ class ParquetSource:
 
     def __getitem__(self, index: int) -> Sample:
         index = _checked(index, len(self))
-        group = int(np.searchsorted(self._starts, index, side="right")) - 1
-        shard, _, _ = self._groups[group]
+        group = self._group(index)
         offset = index - int(self._starts[group])
         try:
             with self._lock:
                 light, heavy = self._light_columns(group), self._media_columns(group)
             row = {name: table[name][offset].as_py() for table in (light, heavy) for name in table.column_names}
         except (OSError, ValueError, pa.ArrowException) as error:  # a page that is broken, text that is not UTF-8
-            reason, file = f"cannot be read: {error}", str(self.paths[shard])
-            raise SampleError(reason, kind="schema", file=file, row=index, dataset="?", field="(the row)") from error
-        return sample_from_row(row, file=str(self.paths[shard]), index=index, root=None)
+            reason = f"cannot be read: {error}"
+            raise SampleError(reason, kind="schema", file=self.file(index), row=index, dataset="?", field="(the row)") from error
+        return sample_from_row(row, file=self.file(index), index=index, root=None)
 
     def datasets(self) -> list[str]:
         """The dataset of every row, "" where the row does not say."""
@@ -244,6 +251,13 @@ class ParquetSource:
     def stamp(self, index: int) -> str:
         """Nothing: the media are inside."""
         return ""
+
+    def file(self, index: int) -> str:
+        """The row's shard."""
+        return str(self.paths[self._groups[self._group(index)][0]])
+
+    def _group(self, index: int) -> int:
+        return int(np.searchsorted(self._starts, index, side="right")) - 1
 
     def _light_columns(self, group: int) -> Any:
         if group not in self._light:
@@ -291,7 +305,7 @@ class ArrayRecordSource:
         return len(self._records)
 
     def __getitem__(self, index: int) -> Sample:
-        index, file = _checked(index, len(self)), str(self.folder / self.split)
+        index, file = _checked(index, len(self)), self.file(index)
         try:
             record = self._records[index]
         except (RuntimeError, ValueError) as error:  # what ArrayRecord and protocol buffers say of bytes that have changed
@@ -310,6 +324,10 @@ class ArrayRecordSource:
     def stamp(self, index: int) -> str:
         """Nothing: the media are inside."""
         return ""
+
+    def file(self, index: int) -> str:
+        """The split, which is in several files."""
+        return str(self.folder / self.split)
 
 
 def _shards(path: Path) -> list[Path]:

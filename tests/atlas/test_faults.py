@@ -232,6 +232,23 @@ def test_a_list_that_was_cut_off_is_gone_on_with(tmp_path):
         read_quarantine(path)
 
 
+def test_a_list_is_not_read_again_for_every_row(tmp_path, monkeypatch):
+    """Thousands of them come one by one."""
+    parsed, real = [], json.loads
+    monkeypatch.setattr("omnisapiens_jax.atlas.faults.json.loads", lambda line: parsed.append(line) or real(line))
+    path = tmp_path / "quarantine.jsonl"
+    faults = [SampleError("broken", kind="media", file="a.jsonl", row=i, dataset="cremad", field="audios") for i in range(40)]
+    one, other = FaultLog(quarantine=path), FaultLog(quarantine=path)
+    for i in range(0, 40, 2):
+        one.add(faults[i])
+        other.add(faults[i], faults[i + 1])
+    assert len(parsed) <= 2 * 40  # by each of the two
+    assert sorted(fault.row for fault in read_quarantine(path)) == [*range(40)]
+    path.unlink()  # as if another run cleared it away
+    one.add(faults[1])
+    assert [fault.row for fault in read_quarantine(path)] == [1]
+
+
 def test_a_full_disk_is_told_not_a_shorter_list(tmp_path):
     faults = [SampleError("broken", kind="media", file="a.jsonl", row=i, dataset="cremad", field="audios") for i in range(3)]
     most = resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -23,6 +23,9 @@ class Rows(list):
     def stamp(self, index: int) -> str:
         return ""
 
+    def file(self, index: int) -> str:
+        return ""
+
 
 @pytest.fixture(scope="module")
 def release(tmp_path_factory):
