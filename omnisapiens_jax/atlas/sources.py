@@ -73,6 +73,8 @@ def open_source(path: str | Path) -> JsonlSource | ParquetSource | ArrayRecordSo
     for shards in ([path], [path.with_name(f"{path.name}.parquet")], _shards(path)):
         if shards and all(shard.is_file() and shard.suffix == ".parquet" for shard in shards):
             return ParquetSource(shards)
+    if path.is_dir():
+        raise records.NoSuchSplit(f"{path} is a folder: name a split in it, such as {path / SPLITS[0]}")
     released = f", {RELEASED[path.name]}" if path.name in RELEASED else ""
     raise records.NoSuchSplit(
         f"no atlas at {path}: expected a .jsonl or .parquet file, or a split's name such as {path.with_name(path.stem)}, which stands for "
@@ -184,8 +186,8 @@ class JsonlSource:
 class ParquetSource:
     """Parquet shards whose media columns are `list<binary>`, read as one table in the order given.
 
-    Text columns of a shard stay in memory once touched. Media columns are read a row group at a time and the last `cached_groups` are
-    kept: rows that are near each other in a shard are cheap, a random row costs its row group.
+    Row groups are read whole and the last `cached_groups` are kept: rows that are near each other in a shard are cheap, a random row costs
+    its row group.
     """
 
     def __init__(self, paths: list[Path], *, cached_groups: int = 4) -> None:
@@ -206,11 +208,10 @@ class ParquetSource:
 
     def _reset(self) -> None:
         self._lock = threading.Lock()
-        self._light: dict[int, Any] = {}
-        self._heavy: OrderedDict[int, Any] = OrderedDict()
+        self._kept: OrderedDict[int, pa.Table] = OrderedDict()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k not in ("_lock", "_light", "_heavy")}
+        return {k: v for k, v in self.__dict__.items() if k not in ("_lock", "_kept")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -225,8 +226,8 @@ class ParquetSource:
         offset = index - int(self._starts[group])
         try:
             with self._lock:
-                light, heavy = self._light_columns(group), self._media_columns(group)
-            row = {name: table[name][offset].as_py() for table in (light, heavy) for name in table.column_names}
+                table = self._rows_of(group)
+            row = {name: table[name][offset].as_py() for name in table.column_names}
         except (OSError, ValueError, pa.ArrowException) as error:  # a page that is broken, text that is not UTF-8
             reason = f"cannot be read: {error}"
             raise SampleError(reason, kind="schema", file=self.file(index), row=index, dataset="?", field="(the row)") from error
@@ -259,25 +260,15 @@ class ParquetSource:
     def _group(self, index: int) -> int:
         return int(np.searchsorted(self._starts, index, side="right")) - 1
 
-    def _light_columns(self, group: int) -> Any:
-        if group not in self._light:
-            self._light[group] = self._read(group, media=False)
-        return self._light[group]
-
-    def _media_columns(self, group: int) -> Any:
-        if group not in self._heavy:
-            self._heavy[group] = self._read(group, media=True)
-            while len(self._heavy) > self._cached_groups:
-                self._heavy.popitem(last=False)
-        self._heavy.move_to_end(group)
-        return self._heavy[group]
-
-    def _read(self, group: int, *, media: bool) -> Any:
-        shard, number, _ = self._groups[group]
-        with pq.ParquetFile(self.paths[shard]) as file:
-            heavy = {*MEDIA_FIELDS, *FEATURE_FIELDS}
-            names = [name for name in file.schema_arrow.names if (name in heavy) == media]
-            return file.read_row_group(number, columns=names)
+    def _rows_of(self, group: int) -> pa.Table:
+        if group not in self._kept:
+            shard, number, _ = self._groups[group]
+            with pq.ParquetFile(self.paths[shard]) as file:
+                self._kept[group] = file.read_row_group(number)
+            while len(self._kept) > self._cached_groups:
+                self._kept.popitem(last=False)
+        self._kept.move_to_end(group)
+        return self._kept[group]
 
 
 class ArrayRecordSource:

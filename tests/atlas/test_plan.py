@@ -228,6 +228,8 @@ def test_a_plan_that_cannot_be_is_refused_with_the_reason():
         Planner(index, (Bucket(8), Bucket(9)), PlanConfig(batch_size=4, mode="packed"))
     with pytest.raises(ValueError, match="no samples"):
         choose_buckets(index.subset(np.zeros(20, bool)), PlanConfig(batch_size=4), COST)
+    with pytest.raises(ValueError, match="-1 buckets"):
+        choose_buckets(index, PlanConfig(batch_size=4), COST, count=-1)
     pair = alike(np.arange(2), np.array([[10, 5, 5, 0, 0, 0, 1], [10, 0, 0, 1, 1, 4, 1]]))
     with pytest.raises(ValueError, match="joint maximum"):
         Planner(pair, (Bucket(10, 5, 5), Bucket(10, 0, 0, 1, 1, 4)), PlanConfig(batch_size=2, mode="mixed"))
