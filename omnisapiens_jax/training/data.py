@@ -103,6 +103,7 @@ class Atlas:
         source = self.source(name) if transcripts else WithoutTranscripts(self.source(name))
         recipe = Recipe(self.tokenizer, self._model, self._options, max_tokens=atlas.max_tokens, with_target=target)
         bounds = {"workers": atlas.workers, "deadline": atlas.deadline, "memory": atlas.worker_bytes}
+        how = PipelineConfig(atlas.on_error, cache_bytes=atlas.cache_bytes, **bounds)
         leave_out = quarantined_rows(Path(atlas.quarantine), source) if atlas.quarantine else ()
         if atlas.quarantine:  # also none: it may be the list of another atlas
             console.print(f"{name}: {len(leave_out)} rows are left out, as {atlas.quarantine} says")
@@ -139,7 +140,6 @@ class Atlas:
             buckets = (choose_row(index, cost, tokens=atlas.max_tokens),)
         else:
             buckets = choose_buckets(index, plan, cost, count=atlas.buckets)
-        how = PipelineConfig(atlas.on_error, cache_bytes=atlas.cache_bytes, **bounds)
         pipeline = Pipeline(source, recipe, Planner(index, buckets, plan), how, host=jax.process_index(), faults=faults)
         return Split(source, pipeline, zero=atlas.on_error == "zero")
 

@@ -188,6 +188,8 @@ def test_signatures_take_turns_until_they_run_out():
         assert [sorted(order[i : i + 2]) for i in (6, 8)] == [[1, 2]] * 2 and order[10:] == [2] * 5
         if not shuffle:
             assert order[:6] == [0, 1, 2] * 2
+    plans = [Planner(index, (Bucket(1, 1, 1, 1, 1, 1),), PlanConfig(batch_size=4, seed=seed)).epoch(0) for seed in range(12)]
+    assert {signatures[plan.ids[0, 0, 0]] for plan in plans} == {0, 1, 2}  # none of them is always first
 
 
 @pytest.mark.parametrize("mode", ["homogeneous", "mixed"])
