@@ -48,7 +48,7 @@ class PipelineConfig:
         if self.on_error not in get_args(Policy):
             raise ValueError(f"unknown on_error {self.on_error!r}; known: {', '.join(get_args(Policy))}")
         if self.workers < 0 or self.deadline <= 0 or self.memory <= 0:
-            raise ValueError(f"{self.workers} workers of {self.memory} bytes with {self.deadline} s a row: nothing can be decoded like that")
+            raise ValueError(f"{self.workers} workers of {self.memory} bytes and {self.deadline} s a row can decode nothing")
 
 
 class Pipeline:

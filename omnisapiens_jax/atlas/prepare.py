@@ -320,7 +320,12 @@ def _mended(folder: Path, jobs: Sequence[Job], workers: int | None, progress: Pr
     """Verifies a whole atlas and makes again what is damaged."""
     for left in folder.glob(".*.draft"):  # by a call that was killed
         left.unlink()
-    _write_metadata(Receipt.load(folder), folder)
+    receipt = Receipt.load(folder)
+    try:
+        for split in receipt.splits:
+            records.open_records(folder, split)
+    except ValueError:
+        _write_metadata(receipt, folder)
     wrong = {*damaged(folder, progress)}
     if wrong:
         Path(jobs[0].receipts).mkdir(exist_ok=True)
@@ -482,9 +487,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     try:
         if arguments.target is None:
-            if wrong := damaged(arguments.source, _tell):
-                raise ValueError(f"{arguments.source}: damaged or missing: {', '.join(wrong)}; prepare again to mend it")
             folder = arguments.source
+            if wrong := damaged(folder, _tell):
+                raise ValueError(f"{folder}: damaged or missing: {', '.join(wrong)}; prepare again to mend it")
+            open_splits(folder)  # what TFDS needs beside the files
         else:
             folder = prepare(
                 arguments.source,

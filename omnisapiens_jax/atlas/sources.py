@@ -299,7 +299,7 @@ class ArrayRecordSource:
         index, file = _checked(index, len(self)), self.file(index)
         try:
             record = self._records[index]
-        except (RuntimeError, ValueError) as error:  # what ArrayRecord and protocol buffers say of bytes that have changed
+        except (RuntimeError, ValueError) as error:  # what ArrayRecord says of bytes that have changed
             reason = f"is damaged, prepare again, which mends it ({error})"
             raise SampleError(reason, kind="schema", file=file, row=index, dataset="?", field="(the record)") from error
         return records.decode(record, file=file, index=index)

@@ -252,6 +252,8 @@ def test_what_lies_beside_the_files_is_told_when_it_is_broken_and_mended(release
     (folder / ".left.draft").touch()  # by a call that was killed while it mended
     with pytest.raises(ValueError, match="features.json is broken; prepare again"):
         open_source(folder / "train")
+    with pytest.raises(SystemExit, match="features.json is broken; prepare again"):
+        main([str(folder)])
     prepare(release[0], tmp_path, Config.of("cremad"), workers=0)
     assert open_source(folder / "train")[0].dataset == "cremad" and not (folder / ".left.draft").exists()
     (folder / "atlas.json").write_text("{")
