@@ -7,6 +7,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import get_args
 
 import grain
 import numpy as np
@@ -42,6 +43,12 @@ class PipelineConfig:
     memory: int = MEMORY
     threads: int = 1
     ahead: int = 2
+
+    def __post_init__(self) -> None:
+        if self.on_error not in get_args(Policy):
+            raise ValueError(f"unknown on_error {self.on_error!r}; known: {', '.join(get_args(Policy))}")
+        if self.workers < 0 or self.deadline <= 0 or self.memory <= 0:
+            raise ValueError(f"{self.workers} workers of {self.memory} bytes and {self.deadline} s a row can decode nothing")
 
 
 class Pipeline:

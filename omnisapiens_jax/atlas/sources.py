@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import glob
 import hashlib
 import json
 import os
+import re
 import threading
 from collections import OrderedDict
 from pathlib import Path
@@ -28,6 +30,8 @@ RELEASED = {
     "test": "final_v8_test_cleaned.jsonl",
 }
 
+_NUMBERED = re.compile(r"-(\d+)-of-(\d+)")  # what follows the split in the name of a shard
+
 
 class Source(Protocol):
     """Rows by number. `source[i].id == i`; a bad row raises `SampleError` when it is read, never earlier."""
@@ -44,6 +48,10 @@ class Source(Protocol):
         """Changes when a media file that the row names does; "" where the fingerprint says it all."""
         ...
 
+    def file(self, index: int) -> str:
+        """The file that a row is in, as samples and errors say it. Reads nothing."""
+        ...
+
 
 def open_source(path: str | Path) -> JsonlSource | ParquetSource | ArrayRecordSource:
     """The source at a path: a `.jsonl` or `.parquet` file, or a split without the ending.
@@ -52,8 +60,9 @@ def open_source(path: str | Path) -> JsonlSource | ParquetSource | ArrayRecordSo
     `DIR/train.parquet` or the shards `DIR/train-*.parquet`, the first that there is.
 
     Raises:
-        FileNotFoundError: there is none of these.
-        ValueError: a tar beside the JSONL, or the prepared atlas, is broken.
+        NoSuchSplit: there is none of these.
+        FileNotFoundError: shards are missing.
+        ValueError: a tar beside the JSONL, or the prepared atlas, is broken; or the shards are of several sets.
     """
     path = Path(path)
     if (path.parent / records.RECEIPT).is_file():
@@ -61,11 +70,13 @@ def open_source(path: str | Path) -> JsonlSource | ParquetSource | ArrayRecordSo
     for lines in (path, path.with_name(f"{path.name}.jsonl"), path.with_name(RELEASED.get(path.name, path.name))):
         if lines.is_file() and lines.suffix == ".jsonl":
             return JsonlSource(lines)
-    for shards in ([path], [path.with_name(f"{path.name}.parquet")], sorted(path.parent.glob(f"{path.name}-*.parquet"))):
+    for shards in ([path], [path.with_name(f"{path.name}.parquet")], _shards(path)):
         if shards and all(shard.is_file() and shard.suffix == ".parquet" for shard in shards):
             return ParquetSource(shards)
+    if path.is_dir():
+        raise records.NoSuchSplit(f"{path} is a folder: name a split in it, such as {path / SPLITS[0]}")
     released = f", {RELEASED[path.name]}" if path.name in RELEASED else ""
-    raise FileNotFoundError(
+    raise records.NoSuchSplit(
         f"no atlas at {path}: expected a .jsonl or .parquet file, or a split's name such as {path.with_name(path.stem)}, which stands for "
         f"the file {path.stem}.jsonl{released}, {path.stem}.parquet or shards {path.stem}-*.parquet, or a split of a prepared atlas"
     )
@@ -75,14 +86,15 @@ def open_splits(folder: str | Path) -> dict[str, JsonlSource | ParquetSource | A
     """Those of train, validation and test that a folder has, in this order.
 
     Raises:
-        FileNotFoundError: it has none.
+        FileNotFoundError: it has none, or a part of one is missing.
+        ValueError: as `open_source`.
     """
     found = {}
     for split in SPLITS:
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(records.NoSuchSplit):
             found[split] = open_source(Path(folder) / split)
     if not found:
-        raise FileNotFoundError(
+        raise records.NoSuchSplit(
             f"no atlas in {folder}: expected splits named {', '.join(SPLITS)} as .jsonl, .parquet or parquet shards, the tar release's "
             f"{', '.join(RELEASED.values())}, or a prepared atlas"
         )
@@ -142,6 +154,10 @@ class JsonlSource:
         paths = [self.path.parent / name for names in named if isinstance(names, list) for name in names if isinstance(name, str)]
         return " ".join([*map(_file_stamp, paths), self._tars.stamp]).strip()
 
+    def file(self, index: int) -> str:
+        """The same for all rows."""
+        return str(self.path)
+
     def _row(self, index: int) -> dict[str, Any]:
         with self.path.open("rb") as file:
             file.seek(self._offsets[index])
@@ -170,8 +186,8 @@ class JsonlSource:
 class ParquetSource:
     """Parquet shards whose media columns are `list<binary>`, read as one table in the order given.
 
-    Text columns of a shard stay in memory once touched. Media columns are read a row group at a time and the last `cached_groups` are
-    kept: rows that are near each other in a shard are cheap, a random row costs its row group.
+    Row groups are read whole and the last `cached_groups` are kept: rows that are near each other in a shard are cheap, a random row costs
+    its row group.
     """
 
     def __init__(self, paths: list[Path], *, cached_groups: int = 4) -> None:
@@ -192,11 +208,10 @@ class ParquetSource:
 
     def _reset(self) -> None:
         self._lock = threading.Lock()
-        self._light: dict[int, Any] = {}
-        self._heavy: OrderedDict[int, Any] = OrderedDict()
+        self._kept: OrderedDict[int, pa.Table] = OrderedDict()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k not in ("_lock", "_light", "_heavy")}
+        return {k: v for k, v in self.__dict__.items() if k not in ("_lock", "_kept")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -207,17 +222,16 @@ class ParquetSource:
 
     def __getitem__(self, index: int) -> Sample:
         index = _checked(index, len(self))
-        group = int(np.searchsorted(self._starts, index, side="right")) - 1
-        shard, _, _ = self._groups[group]
+        group = self._group(index)
         offset = index - int(self._starts[group])
         try:
             with self._lock:
-                light, heavy = self._light_columns(group), self._media_columns(group)
-            row = {name: table[name][offset].as_py() for table in (light, heavy) for name in table.column_names}
+                table = self._rows_of(group)
+            row = {name: table[name][offset].as_py() for name in table.column_names}
         except (OSError, ValueError, pa.ArrowException) as error:  # a page that is broken, text that is not UTF-8
-            reason, file = f"cannot be read: {error}", str(self.paths[shard])
-            raise SampleError(reason, kind="schema", file=file, row=index, dataset="?", field="(the row)") from error
-        return sample_from_row(row, file=str(self.paths[shard]), index=index, root=None)
+            reason = f"cannot be read: {error}"
+            raise SampleError(reason, kind="schema", file=self.file(index), row=index, dataset="?", field="(the row)") from error
+        return sample_from_row(row, file=self.file(index), index=index, root=None)
 
     def datasets(self) -> list[str]:
         """The dataset of every row, "" where the row does not say."""
@@ -239,25 +253,22 @@ class ParquetSource:
         """Nothing: the media are inside."""
         return ""
 
-    def _light_columns(self, group: int) -> Any:
-        if group not in self._light:
-            self._light[group] = self._read(group, media=False)
-        return self._light[group]
+    def file(self, index: int) -> str:
+        """The row's shard."""
+        return str(self.paths[self._groups[self._group(index)][0]])
 
-    def _media_columns(self, group: int) -> Any:
-        if group not in self._heavy:
-            self._heavy[group] = self._read(group, media=True)
-            while len(self._heavy) > self._cached_groups:
-                self._heavy.popitem(last=False)
-        self._heavy.move_to_end(group)
-        return self._heavy[group]
+    def _group(self, index: int) -> int:
+        return int(np.searchsorted(self._starts, index, side="right")) - 1
 
-    def _read(self, group: int, *, media: bool) -> Any:
-        shard, number, _ = self._groups[group]
-        with pq.ParquetFile(self.paths[shard]) as file:
-            heavy = {*MEDIA_FIELDS, *FEATURE_FIELDS}
-            names = [name for name in file.schema_arrow.names if (name in heavy) == media]
-            return file.read_row_group(number, columns=names)
+    def _rows_of(self, group: int) -> pa.Table:
+        if group not in self._kept:
+            shard, number, _ = self._groups[group]
+            with pq.ParquetFile(self.paths[shard]) as file:
+                self._kept[group] = file.read_row_group(number)
+            while len(self._kept) > self._cached_groups:
+                self._kept.popitem(last=False)
+        self._kept.move_to_end(group)
+        return self._kept[group]
 
 
 class ArrayRecordSource:
@@ -272,7 +283,8 @@ class ArrayRecordSource:
             split: one of its splits.
 
         Raises:
-            FileNotFoundError: there is no such split, or shards of it are missing.
+            NoSuchSplit: there is no such split.
+            FileNotFoundError: shards of it are missing.
             ImportError: the extra `tfds` is not installed.
         """
         self.folder, self.split = Path(folder), split
@@ -284,8 +296,13 @@ class ArrayRecordSource:
         return len(self._records)
 
     def __getitem__(self, index: int) -> Sample:
-        index = _checked(index, len(self))
-        return records.decode(self._records[index], file=str(self.folder / self.split), index=index)
+        index, file = _checked(index, len(self)), self.file(index)
+        try:
+            record = self._records[index]
+        except (RuntimeError, ValueError) as error:  # what ArrayRecord says of bytes that have changed
+            reason = f"is damaged, prepare again, which mends it ({error})"
+            raise SampleError(reason, kind="schema", file=file, row=index, dataset="?", field="(the record)") from error
+        return records.decode(record, file=file, index=index)
 
     def datasets(self) -> list[str]:
         """The dataset of every row."""
@@ -298,6 +315,25 @@ class ArrayRecordSource:
     def stamp(self, index: int) -> str:
         """Nothing: the media are inside."""
         return ""
+
+    def file(self, index: int) -> str:
+        """The split, which is in several files."""
+        return str(self.folder / self.split)
+
+
+def _shards(path: Path) -> list[Path]:
+    """The parquet shards of a split in order. Where their names say how many there are (`-00000-of-00293`), all of them must be there."""
+    found = sorted(path.parent.glob(f"{glob.escape(path.name)}-*.parquet"))
+    numbers = [(shard, [int(n) for n in match.groups()]) for shard in found if (match := _NUMBERED.match(shard.name[len(path.name) :]))]
+    if not numbers:
+        return found
+    there, of = {number for _, (number, _) in numbers}, {of for _, (_, of) in numbers}
+    if len(of) > 1 or len(there) < len(numbers):
+        raise ValueError(f"{path}: its shards are of more than one set, from {numbers[0][0].name} to {numbers[-1][0].name}; keep one")
+    if (missing := max(of) - len(there)) > 0:
+        first = f"{path.name}-{min({*range(max(of))} - there):05d}-of-{max(of):05d}.parquet"
+        raise FileNotFoundError(f"{path}: {missing} of its {max(of)} shards are missing, such as {first}; fetch them again")
+    return [shard for shard, _ in numbers]
 
 
 def _footer(path: Path, size: int) -> bytes:

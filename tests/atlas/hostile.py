@@ -93,6 +93,9 @@ class Hostile:
     def stamp(self, index: int) -> str:
         return ""
 
+    def file(self, index: int) -> str:
+        return self.kind
+
     def __getitem__(self, index: int) -> Sample:
         kept = originals(self.kind)
         data = mutated(kept[index % len(kept)], index)
