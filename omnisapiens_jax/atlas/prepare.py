@@ -32,9 +32,10 @@ from typing import TYPE_CHECKING, Any, Literal
 from omnisapiens_jax.atlas import records
 from omnisapiens_jax.atlas.faults import BadSamples, FaultLog
 from omnisapiens_jax.atlas.labels import HBA
+from omnisapiens_jax.atlas.parquet import ParquetSource
 from omnisapiens_jax.atlas.records import Receipt, Shard
 from omnisapiens_jax.atlas.schema import Sample, SampleError
-from omnisapiens_jax.atlas.sources import ParquetSource, open_source, open_splits
+from omnisapiens_jax.atlas.sources import open_source, open_splits
 
 if TYPE_CHECKING:
     from apache_beam.options.pipeline_options import PipelineOptions  # pyright: ignore[reportMissingImports] - an extra

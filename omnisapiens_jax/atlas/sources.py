@@ -9,18 +9,17 @@ import hashlib
 import json
 import os
 import re
-import threading
-from collections import OrderedDict
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from omnisapiens_jax.atlas import records
 from omnisapiens_jax.atlas.schema import FEATURE_FIELDS, MEDIA_FIELDS, Feature, Sample, SampleError, sample_from_row
 from omnisapiens_jax.atlas.tars import TarFiles
+
+if TYPE_CHECKING:
+    from omnisapiens_jax.atlas.parquet import ParquetSource
 
 SPLITS = ("train", "validation", "test")
 # What the tar release calls its splits.
@@ -72,6 +71,8 @@ def open_source(path: str | Path) -> JsonlSource | ParquetSource | ArrayRecordSo
             return JsonlSource(lines)
     for shards in ([path], [path.with_name(f"{path.name}.parquet")], _shards(path)):
         if shards and all(shard.is_file() and shard.suffix == ".parquet" for shard in shards):
+            from omnisapiens_jax.atlas.parquet import ParquetSource  # Arrow takes 25 MB of every process, also where there is no parquet
+
             return ParquetSource(shards)
     if path.is_dir():
         raise records.NoSuchSplit(f"{path} is a folder: name a split in it, such as {path / SPLITS[0]}")
@@ -124,7 +125,7 @@ class JsonlSource:
         return len(self._offsets)
 
     def __getitem__(self, index: int) -> Sample:
-        sample = sample_from_row(self._row(_checked(index, len(self))), file=str(self.path), index=index, root=self.path.parent)
+        sample = sample_from_row(self._row(checked(index, len(self))), file=str(self.path), index=index, root=self.path.parent)
         if not len(self._tars):
             return sample
         return dataclasses.replace(sample, **{field: self._fetched(sample, field) for field in (*MEDIA_FIELDS, *FEATURE_FIELDS)})
@@ -147,7 +148,7 @@ class JsonlSource:
     def stamp(self, index: int) -> str:
         """Size and time of every media file that the row names, "-" for one that is not there; and the stamp of the tars."""
         try:
-            row = self._row(_checked(index, len(self)))
+            row = self._row(checked(index, len(self)))
         except SampleError:
             return ""
         named = [row.get(field) for field in MEDIA_FIELDS]
@@ -183,94 +184,6 @@ class JsonlSource:
         return tuple(items)
 
 
-class ParquetSource:
-    """Parquet shards whose media columns are `list<binary>`, read as one table in the order given.
-
-    Row groups are read whole and the last `cached_groups` are kept: rows that are near each other in a shard are cheap, a random row costs
-    its row group.
-    """
-
-    def __init__(self, paths: list[Path], *, cached_groups: int = 4) -> None:
-        self.paths = list(paths)
-        self._cached_groups = cached_groups
-        digest, groups = hashlib.sha256(), []
-        for number, path in enumerate(self.paths):
-            try:
-                metadata = pq.read_metadata(path)
-                digest.update(f"{path.name} {path.stat().st_size} ".encode() + _footer(path, metadata.serialized_size))
-            except (OSError, ValueError, pa.ArrowException) as error:
-                raise ValueError(f"{path}: not a readable parquet file, perhaps cut off; copy it again ({error})") from error
-            groups += [(number, g, metadata.row_group(g).num_rows) for g in range(metadata.num_row_groups)]
-        self._groups = groups
-        self._starts = np.cumsum([0] + [rows for *_, rows in groups])
-        self._digest = digest.hexdigest()
-        self._reset()
-
-    def _reset(self) -> None:
-        self._lock = threading.Lock()
-        self._kept: OrderedDict[int, pa.Table] = OrderedDict()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k not in ("_lock", "_kept")}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._reset()
-
-    def __len__(self) -> int:
-        return int(self._starts[-1])
-
-    def __getitem__(self, index: int) -> Sample:
-        index = _checked(index, len(self))
-        group = self._group(index)
-        offset = index - int(self._starts[group])
-        try:
-            with self._lock:
-                table = self._rows_of(group)
-            row = {name: table[name][offset].as_py() for name in table.column_names}
-        except (OSError, ValueError, pa.ArrowException) as error:  # a page that is broken, text that is not UTF-8
-            reason = f"cannot be read: {error}"
-            raise SampleError(reason, kind="schema", file=self.file(index), row=index, dataset="?", field="(the row)") from error
-        return sample_from_row(row, file=self.file(index), index=index, root=None)
-
-    def datasets(self) -> list[str]:
-        """The dataset of every row, "" where the row does not say."""
-        names: list[str] = []
-        for shard, group, count in self._groups:
-            try:
-                with pq.ParquetFile(self.paths[shard]) as file:
-                    rows = file.read_row_group(group, columns=["dataset"]).to_pylist()
-            except (OSError, ValueError, pa.ArrowException):
-                rows = [{}] * count  # each row's own fault, told when it is read
-            names += [name if isinstance(name := row.get("dataset"), str) else "" for row in rows]
-        return names
-
-    def fingerprint(self) -> str:
-        """SHA-256 over the shards' names, sizes and footers."""
-        return self._digest
-
-    def stamp(self, index: int) -> str:
-        """Nothing: the media are inside."""
-        return ""
-
-    def file(self, index: int) -> str:
-        """The row's shard."""
-        return str(self.paths[self._groups[self._group(index)][0]])
-
-    def _group(self, index: int) -> int:
-        return int(np.searchsorted(self._starts, index, side="right")) - 1
-
-    def _rows_of(self, group: int) -> pa.Table:
-        if group not in self._kept:
-            shard, number, _ = self._groups[group]
-            with pq.ParquetFile(self.paths[shard]) as file:
-                self._kept[group] = file.read_row_group(number)
-            while len(self._kept) > self._cached_groups:
-                self._kept.popitem(last=False)
-        self._kept.move_to_end(group)
-        return self._kept[group]
-
-
 class ArrayRecordSource:
     """A split of an atlas that `atlas.prepare` made, read through TFDS without tensorflow. Needs the extra `tfds`.
 
@@ -296,7 +209,7 @@ class ArrayRecordSource:
         return len(self._records)
 
     def __getitem__(self, index: int) -> Sample:
-        index, file = _checked(index, len(self)), self.file(index)
+        index, file = checked(index, len(self)), self.file(index)
         try:
             record = self._records[index]
         except (RuntimeError, ValueError) as error:  # what ArrayRecord says of bytes that have changed
@@ -336,14 +249,8 @@ def _shards(path: Path) -> list[Path]:
     return [shard for shard, _ in numbers]
 
 
-def _footer(path: Path, size: int) -> bytes:
-    """The bytes of a parquet file's footer. (Arrow's reading of all that it says can abort the process when it is broken.)"""
-    with path.open("rb") as file:
-        file.seek(-size - 8, os.SEEK_END)  # its length and a magic word follow it
-        return file.read(size)
-
-
-def _checked(index: int, length: int) -> int:
+def checked(index: int, length: int) -> int:
+    """The index of a row. Raises IndexError where there is none."""
     if not 0 <= index < length:
         raise IndexError(f"row {index} of a source of {length} rows")
     return int(index)

@@ -8,8 +8,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from omnisapiens_jax.atlas.parquet import ParquetSource
 from omnisapiens_jax.atlas.schema import SampleError
-from omnisapiens_jax.atlas.sources import JsonlSource, ParquetSource, open_source, open_splits
+from omnisapiens_jax.atlas.sources import JsonlSource, open_source, open_splits
 from tests.atlas.release import BYTES, TEXTS, write_release
 
 LISTS = ("images", "videos", "audios", "ext_video_feats", "ext_audio_feats")
