@@ -26,7 +26,7 @@ def pipeline(folder: Path, tokenizer: Path, batch: int, workers: int) -> Pipelin
     recipe = Recipe(QwenTokenizer(tokenizer), config, REFERENCE, max_tokens=4096)
     index, _ = length_index(source, recipe, on_error="raise", workers=workers)
     plan = PlanConfig(batch)
-    planner = Planner(index, choose_buckets(index, plan, SlotCost.of(config)), plan)
+    planner = Planner(index, choose_buckets(index, plan, SlotCost.of(config).raised(index.sizes)), plan)
     return Pipeline(source, recipe, planner, PipelineConfig(workers=workers))
 
 

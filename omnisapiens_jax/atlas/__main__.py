@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console = Console(highlight=False)
     try:
         options.run(options, console)
-    except (ValueError, OSError, IndexError, KeyboardInterrupt) as reason:
+    except (ValueError, OSError, IndexError, ImportError, KeyboardInterrupt) as reason:
         Console(stderr=True, soft_wrap=True).print(Text.assemble(("Not done: ", "red"), str(reason) or "interrupted"))
         return 1
     return 0

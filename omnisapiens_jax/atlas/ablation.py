@@ -32,3 +32,7 @@ class WithoutTranscripts:
     def stamp(self, index: int) -> str:
         """That of the row itself."""
         return self.source.stamp(index)
+
+    def file(self, index: int) -> str:
+        """That of the row itself."""
+        return self.source.file(index)

@@ -81,6 +81,8 @@ def choose_buckets(
         raise ValueError("no samples to choose buckets for: the index is empty")
     if plan.mode == "packed":
         raise ValueError("a packed plan has one shape of row: choose_row")
+    if count < 1:
+        raise ValueError(f"{count} buckets: there must be at least one")
     sizes = index.sizes.astype(np.int64)
     largest = sizes.max(0)
     if plan.mode == "mixed":

@@ -33,7 +33,7 @@ class FaultLog:
         quarantine: the list of bad rows that every new fault is written to as well, see `read_quarantine`.
         """
         self._faults: dict[tuple[str, int], SampleError] = {}
-        self._quarantine = quarantine
+        self._quarantine = _Quarantine(quarantine) if quarantine else None
         self.add(*faults)
 
     def __len__(self) -> int:
@@ -49,7 +49,7 @@ class FaultLog:
             if self._faults.setdefault((fault.file, fault.row), fault) is fault:
                 new.append(fault)
         if new and self._quarantine:
-            _append(self._quarantine, new)
+            self._quarantine.append(new)
 
     def counts(self) -> Counter[tuple[str, str]]:
         """Rows by (dataset, kind)."""
@@ -65,7 +65,7 @@ class FaultLog:
         counts = [f"  {dataset}: {number} {kind}" for (dataset, kind), number in sorted(self.counts().items())]
         shown = [f"  {fault}" for fault in list(self)[:_SHOWN]]
         more = [f"  ... and {len(self) - _SHOWN} more"] if len(self) > _SHOWN else []
-        listed = [f"  all of them are listed in {self._quarantine}"] if self._quarantine else []
+        listed = [f"  all of them are listed in {self._quarantine.path}"] if self._quarantine else []
         return "\n".join([", ".join(heads), *counts, *shown, *more, *listed])
 
 
@@ -87,10 +87,15 @@ def read_quarantine(path: Path) -> list[SampleError]:
         ValueError: a line is not one of such a list. (A last line without its end was cut off by a kill, and is passed over.)
     """
     *lines, _ = path.read_bytes().split(b"\n")
+    return _parsed(path, lines)
+
+
+def _parsed(path: Path, lines: Iterable[bytes]) -> list[SampleError]:
     faults = []
     for number, line in enumerate(lines, start=1):
         try:
-            faults.append(SampleError(**{name: json.loads(line)[name] for name in FIELDS}))
+            record = json.loads(line)
+            faults.append(SampleError(**{name: record[name] for name in FIELDS}))
         except (ValueError, KeyError, TypeError) as reason:
             raise ValueError(f"{path}, line {number}: not a line of a quarantine list, which has {', '.join(FIELDS)} ({reason})") from None
     return faults
@@ -98,29 +103,32 @@ def read_quarantine(path: Path) -> list[SampleError]:
 
 def quarantined_rows(path: Path, source: Source) -> frozenset[int]:
     """Rows of a source that stand in a quarantine list. Raises as `read_quarantine` does."""
-    found = set()
-    for fault in read_quarantine(path):
-        if 0 <= fault.row < len(source) and Path(fault.file).resolve() == Path(_file(source, fault.row)).resolve():
-            found.add(fault.row)
-    return frozenset(found)
+    faults = [fault for fault in read_quarantine(path) if 0 <= fault.row < len(source)]
+    return frozenset(fault.row for fault in faults if Path(fault.file).resolve() == Path(source.file(fault.row)).resolve())
 
 
-def _file(source: Source, row: int) -> str:
-    try:
-        return source[row].file
-    except SampleError as fault:
-        return fault.file
+class _Quarantine:
+    """A list of bad rows that is written to; other processes and hosts may do the same at the same time."""
 
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._read, self._known = 0, set[tuple[str, int]]()  # bytes that were looked at, and the rows that stand there
 
-def _append(path: Path, faults: list[SampleError]) -> None:
-    """Writes what the list lacks, in one piece; other processes and hosts may do the same at the same time."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+b", buffering=0) as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # until it is closed
-        if path.stat().st_size:
-            file.seek(-1, os.SEEK_END)
-            if file.read(1) != b"\n":
-                file.truncate(path.read_bytes().rfind(b"\n") + 1)  # a kill or a full disk cut it off
-        known = {(fault.file, fault.row) for fault in read_quarantine(path)} if path.stat().st_size else set()
-        lines = [json.dumps(as_record(fault), ensure_ascii=False) + "\n" for fault in faults if (fault.file, fault.row) not in known]
-        file.write("".join(lines).encode())
+    def append(self, faults: list[SampleError]) -> None:
+        """Writes what the list lacks. Only what it has got since the last time is read: a run meets its faults one by one."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)  # until it is closed
+            end = file.seek(0, os.SEEK_END)
+            if end < self._read:  # it was begun anew
+                self._read, self._known = 0, set()
+            file.seek(self._read)
+            *lines, cut = file.read().split(b"\n")
+            if cut:  # a kill or a full disk cut it off
+                end = file.truncate(end - len(cut))
+            self._known |= {(fault.file, fault.row) for fault in _parsed(self.path, lines)}
+            new = [fault for fault in faults if (fault.file, fault.row) not in self._known]
+            text = "".join(json.dumps(as_record(fault), ensure_ascii=False) + "\n" for fault in new).encode()
+            file.write(text)
+            self._known |= {(fault.file, fault.row) for fault in new}
+            self._read = end + len(text)

@@ -20,6 +20,7 @@ from omnisapiens_jax.atlas.sources import Source
 from omnisapiens_jax.atlas.workers import DEADLINE, MEMORY, Decoder, IsolatedDecoder, Kinds, open_decoder
 from omnisapiens_jax.processing.example import Bucket
 
+_KEPT = 2000  # rows after which what was measured is kept, so that a run which is killed does not begin anew
 _FORMAT = 3  # raise it when the meaning of a stored number changes, and old files are measured again
 
 Progress = Callable[[int, int], None]
@@ -77,7 +78,7 @@ def length_index(
     key = hashlib.sha256(f"{_FORMAT} {source.fingerprint()} {recipe.fingerprint()}".encode()).hexdigest()[:24]
     path = cache / f"lengths-{key}.json" if cache else None
     stamps = [source.stamp(i) for i in range(len(source))] if path else [""] * len(source)
-    rows: list[_Row] = _load(path) if path and path.exists() else [None] * len(source)
+    rows: list[_Row] = (_load(path) if path else None) or [None] * len(source)
     rows = [None if isinstance(row, _Measured) and row.stamp != stamp else row for row, stamp in zip(rows, stamps, strict=True)]
     before, left_out = list(rows), frozenset(leave_out)
     unmeasured = [i for i, row in enumerate(rows) if not isinstance(row, _Measured) and i not in left_out]
@@ -87,6 +88,8 @@ def length_index(
             zip(unmeasured, pool.map(lambda i: _measure(decoder, i, stamps[i]), unmeasured), strict=True), start=1
         ):
             rows[i] = row
+            if path and done % _KEPT == 0:
+                _save(path, rows)
             if progress:
                 progress(len(rows) - len(unmeasured) + done, len(rows))
     if path and rows != before:
@@ -139,10 +142,17 @@ def _save(path: Path, rows: Sequence[_Row]) -> None:
         plain.append(as_record(faults[0]) if faults else measured)
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_suffix(f".{os.getpid()}.part")
-    draft.write_text(json.dumps(plain))
-    os.replace(draft, path)  # whoever looks, finds a whole file or none
+    try:
+        draft.write_text(json.dumps(plain))
+        os.replace(draft, path)  # whoever looks, finds a whole file or none
+    finally:
+        draft.unlink(missing_ok=True)
 
 
-def _load(path: Path) -> list[_Row]:
-    rows = json.loads(path.read_text())
+def _load(path: Path) -> list[_Row] | None:
+    """What was kept; None where there is nothing, or nothing that can be read, as a crash of the machine may leave it."""
+    try:
+        rows = json.loads(path.read_text())
+    except (FileNotFoundError, ValueError):
+        return None
     return [SampleError(**row) if isinstance(row, dict) else row and _Measured(tuple(row[0]), tuple(row[1]), *row[2:]) for row in rows]

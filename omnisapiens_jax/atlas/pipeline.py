@@ -7,6 +7,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import get_args
 
 import grain
 import numpy as np
@@ -43,6 +44,12 @@ class PipelineConfig:
     threads: int = 1
     ahead: int = 2
 
+    def __post_init__(self) -> None:
+        if self.on_error not in get_args(Policy):
+            raise ValueError(f"unknown on_error {self.on_error!r}; known: {', '.join(get_args(Policy))}")
+        if self.workers < 0 or self.deadline <= 0 or self.memory <= 0:
+            raise ValueError(f"{self.workers} workers of {self.memory} bytes and {self.deadline} s a row can decode nothing")
+
 
 class Pipeline:
     """The batches of this host. Its state is one integer, the number of the next step."""
@@ -78,8 +85,8 @@ class Pipeline:
         if stop <= start:
             return
         dataset = grain.MapDataset.source(_Steps(self.planner, self.host, start, stop)).map(self._load)
-        # Workers are kept busy from within a batch, so that a second batch at the same time would only cost memory.
-        threads = min(self._config.workers, 1) or self._config.threads
+        # Two batches at a time keep workers busy where one of them ends.
+        threads = 2 if self._config.workers else self._config.threads
         options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=self._config.ahead if threads else 0)
         loaded = dataset.to_iter_dataset(options)
         for step, (batch, faults) in enumerate(loaded, start=start):

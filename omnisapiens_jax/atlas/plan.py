@@ -20,6 +20,8 @@ from omnisapiens_jax.processing.example import Bucket
 MASKED = -1  # sample id of an empty slot
 NO_AUDIO, NO_VIDEO = 1, 2  # what dropout withholds, see `Step`
 
+_ARRAYS = ("ids", "signatures", "sizes", "excess", "datasets", "tasks")  # of an index
+
 Mode = Literal["homogeneous", "mixed", "packed"]
 Balance = Literal["dataset", "task"]
 
@@ -51,8 +53,11 @@ class Index:
 
     def subset(self, keep: np.ndarray) -> Index:
         """The samples where `keep` `[N]` bool is true."""
-        arrays = ("ids", "signatures", "sizes", "excess", "datasets", "tasks")
-        return dataclasses.replace(self, **{name: getattr(self, name)[keep] for name in arrays})
+        return dataclasses.replace(self, **{name: getattr(self, name)[keep] for name in _ARRAYS})
+
+    def content(self) -> bytes:
+        """All of it; indices with the same content give the same plans."""
+        return b"".join([repr(self.names).encode(), *(getattr(self, name).tobytes() for name in _ARRAYS)])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,15 +25,17 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from omnisapiens_jax.atlas import records
 from omnisapiens_jax.atlas.faults import BadSamples, FaultLog
 from omnisapiens_jax.atlas.labels import HBA
+from omnisapiens_jax.atlas.parquet import ParquetSource
 from omnisapiens_jax.atlas.records import Receipt, Shard
 from omnisapiens_jax.atlas.schema import Sample, SampleError
-from omnisapiens_jax.atlas.sources import ParquetSource, open_source, open_splits
+from omnisapiens_jax.atlas.sources import open_source, open_splits
 
 if TYPE_CHECKING:
     from apache_beam.options.pipeline_options import PipelineOptions  # pyright: ignore[reportMissingImports] - an extra
@@ -102,7 +104,7 @@ class Job:
         try:
             shard = Shard.from_json(json.loads(self.receipt.read_text()))
             return shard if (Path(self.folder) / shard.file).stat().st_size == shard.size else None
-        except FileNotFoundError:
+        except (FileNotFoundError, ValueError):  # none, or what a crash of the machine left of one
             return None
 
 
@@ -143,6 +145,7 @@ def prepare(
         FileNotFoundError: the source is no atlas.
         ValueError: the folder, or one half made, is of another source or other arguments.
     """
+    _opened.cache_clear()  # what a call before this one opened may have changed
     config = config or Config.of()
     folder = config.folder(target)
     plan, rows = _plan(Path(source), config, shard_rows, descriptors)
@@ -187,6 +190,7 @@ def make_shard(job: Job) -> None:
         for row in job.rows:
             try:
                 sample = source[row] if job.descriptors is None else _described(source[row], Path(job.descriptors))
+                _check_dataset(sample)
                 encoded = records.encode(sample)
             except SampleError as error:
                 faults.append(error)
@@ -195,11 +199,22 @@ def make_shard(job: Job) -> None:
             datasets.append(sample.dataset)
             described.append(encoded.descriptors)
             faults += encoded.faults
-        writer.close()
+        try:
+            writer.close()
+        except RuntimeError as reason:
+            raise OSError(f"{job.file} cannot be written ({reason})") from reason
         counts = sum(video for video, _ in described), sum(audio for _, audio in described)
         shard = Shard(job.file, draft.stat().st_size, _sha256(draft), tuple(datasets), counts, tuple(faults))
     with _draft(job.receipt) as draft:
         draft.write_text(json.dumps(shard.to_json()))
+
+
+def _check_dataset(sample: Sample) -> None:
+    """Raises a `SampleError` for a row of no known dataset: it is in no configuration."""
+    try:
+        HBA.dataset(sample.dataset)
+    except KeyError as reason:
+        raise sample.error(reason.args[0], kind="label", field="dataset") from None
 
 
 def _described(sample: Sample, descriptors: Path) -> Sample:
@@ -304,6 +319,14 @@ def _jobs(
 
 def _mended(folder: Path, jobs: Sequence[Job], workers: int | None, progress: Progress | None) -> Path:
     """Verifies a whole atlas and makes again what is damaged."""
+    for left in folder.glob(".*.draft"):  # by a call that was killed
+        left.unlink()
+    receipt = Receipt.load(folder)
+    try:
+        for split in receipt.splits:
+            records.open_records(folder, split)
+    except ValueError:
+        _write_metadata(receipt, folder)
     wrong = {*damaged(folder, progress)}
     if wrong:
         Path(jobs[0].receipts).mkdir(exist_ok=True)
@@ -323,8 +346,14 @@ def _run_here(jobs: Sequence[Job], workers: int | None) -> None:
         # spawn: a forked child of a process that already runs threads can deadlock
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(min(len(jobs), workers or os.cpu_count() or 1), context, initializer=_end_with_parent) as pool:
-            for _ in pool.map(make_shard, jobs):
-                pass
+            try:
+                for _ in pool.map(make_shard, jobs):
+                    pass
+            except BrokenProcessPool as reason:
+                raise ChildProcessError(
+                    "a process that made files was ended, as the system does when memory runs out; the same command goes on where this one "
+                    "stopped, and fewer --workers need less memory"
+                ) from reason
 
 
 def _end_with_parent() -> None:
@@ -388,19 +417,7 @@ def _collected(plan: Mapping[str, Any], jobs: Sequence[Job]) -> Receipt:
 
 def _publish(receipt: Receipt, half: Path, folder: Path) -> None:
     """Adds what TFDS and we read, clears away the drafts of killed workers, and puts the folder in its place."""
-    tfds = records.tfds()
-    tfds.folder_dataset.write_metadata(
-        data_dir=half,
-        features=records.features(),
-        split_infos=[
-            tfds.core.SplitInfo(split, [len(shard.datasets) for shard in shards], sum(shard.size for shard in shards))
-            for split, shards in receipt.splits.items()
-        ],
-        version=records.VERSION,
-        description=records.DESCRIPTION,
-        homepage=records.HOMEPAGE,
-        check_data=False,  # would need tensorflow
-    )
+    _write_metadata(receipt, half)
     (half / records.RECEIPT).write_text(receipt.text())
     wanted = {shard.file for shards in receipt.splits.values() for shard in shards} | {
         "dataset_info.json",
@@ -411,6 +428,23 @@ def _publish(receipt: Receipt, half: Path, folder: Path) -> None:
         if path.name not in wanted:
             path.unlink()
     half.rename(folder)
+
+
+def _write_metadata(receipt: Receipt, folder: Path) -> None:
+    """What TFDS reads beside the files."""
+    tfds = records.tfds()
+    tfds.folder_dataset.write_metadata(
+        data_dir=folder,
+        features=records.features(),
+        split_infos=[
+            tfds.core.SplitInfo(split, [len(shard.datasets) for shard in shards], sum(shard.size for shard in shards))
+            for split, shards in receipt.splits.items()
+        ],
+        version=records.VERSION,
+        description=records.DESCRIPTION,
+        homepage=records.HOMEPAGE,
+        check_data=False,  # would need tensorflow
+    )
 
 
 @contextlib.contextmanager
@@ -454,9 +488,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     try:
         if arguments.target is None:
-            if wrong := damaged(arguments.source, _tell):
-                raise ValueError(f"{arguments.source}: damaged or missing: {', '.join(wrong)}; prepare again to mend it")
             folder = arguments.source
+            if wrong := damaged(folder, _tell):
+                raise ValueError(f"{folder}: damaged or missing: {', '.join(wrong)}; prepare again to mend it")
+            open_splits(folder)  # what TFDS needs beside the files
         else:
             folder = prepare(
                 arguments.source,
@@ -471,6 +506,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             )
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"\n{error}")
+    except KeyboardInterrupt:
+        sys.exit("\ninterrupted; the same command goes on where this one stopped")
     print(f"{folder}\n{summary(folder)}")
 
 

@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import av
 import av.error
 import numpy as np
 
@@ -24,6 +23,7 @@ from omnisapiens_jax.processing.descriptors.read import (
     read_audio_descriptor,
     read_video_descriptor,
 )
+from omnisapiens_jax.processing.media import open_container
 
 NAME = "human_behavior_atlas"
 VERSION = "1.0.0"
@@ -78,6 +78,10 @@ def _serializer() -> Any:
     return example_serializer.ExampleSerializer(features().get_serialized_info())
 
 
+class NoSuchSplit(FileNotFoundError):
+    """A split that is not there at all, rather than in part."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Encoded:
     """A sample as a record.
@@ -128,8 +132,11 @@ def decode(row: Mapping[str, Any], *, file: str, index: int) -> Sample:
 
 
 def open_records(folder: Path, split: str) -> Sequence[Mapping[str, Any]]:
-    """The rows of a split by number, for `decode`; can be sent to other processes."""
-    return tfds().builder_from_directory(folder).as_data_source(split)
+    """The rows of a split by number, for `decode`; can be sent to other processes. Raises ValueError when what TFDS needs is broken."""
+    try:
+        return tfds().builder_from_directory(folder).as_data_source(split)
+    except (ValueError, KeyError, FileNotFoundError) as reason:
+        raise ValueError(f"{folder}: dataset_info.json or features.json is broken; prepare again, which mends it ({reason})") from reason
 
 
 _NOTHING = np.zeros(0, np.float32)
@@ -161,9 +168,9 @@ def _descriptor(sample: Sample, field: str, videos: Sequence[bytes]) -> Descript
 def _frame_rate(video: bytes) -> float | None:
     """Frames a second by the container's header; None where it does not say."""
     try:
-        with av.open(io.BytesIO(video), "r") as container:
+        with open_container(io.BytesIO(video)) as container:
             rate = container.streams.video[0].average_rate if container.streams.video else None
-    except av.error.FFmpegError:
+    except (av.error.FFmpegError, UnicodeDecodeError):
         return None  # the sample's own fault, found when it is decoded
     return float(rate) if rate else None
 
@@ -214,9 +221,12 @@ class Receipt:
 
     @classmethod
     def load(cls, folder: Path) -> Receipt:
-        """Reads the receipt of a folder. Raises `FileNotFoundError` when it has none."""
-        plain = json.loads((folder / RECEIPT).read_text())
-        return cls(plain["plan"], {split: tuple(map(Shard.from_json, shards)) for split, shards in plain["splits"].items()})
+        """Reads the receipt of a folder. Raises `FileNotFoundError` when it has none, ValueError when it is broken."""
+        try:
+            plain = json.loads((folder / RECEIPT).read_text())
+            return cls(plain["plan"], {split: tuple(map(Shard.from_json, shards)) for split, shards in plain["splits"].items()})
+        except (ValueError, KeyError, TypeError, AttributeError) as reason:
+            raise ValueError(f"{folder / RECEIPT} is broken ({reason}): copy it again, or remove {folder} and prepare it anew") from reason
 
     def text(self) -> str:
         """The content of the file."""
@@ -224,9 +234,9 @@ class Receipt:
         return json.dumps(plain) + "\n"
 
     def check(self, folder: Path, split: str) -> None:
-        """Raises `FileNotFoundError` when the split, or a file of it in full length, is not there."""
+        """Raises `NoSuchSplit` when the split is not there, `FileNotFoundError` when a file of it in full length is not."""
         if split not in self.splits:
-            raise FileNotFoundError(f"the atlas in {folder} has no split {split!r}; it has {', '.join(self.splits)}")
+            raise NoSuchSplit(f"the atlas in {folder} has no split {split!r}; it has {', '.join(self.splits)}")
         for shard in self.splits[split]:
             path = folder / shard.file
             found = path.stat().st_size if path.is_file() else None

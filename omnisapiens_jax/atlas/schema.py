@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from omnisapiens_jax.processing.descriptors.read import Descriptor
 
 MEDIA_FIELDS = ("images", "videos", "audios")
 FEATURE_FIELDS = ("ext_video_feats", "ext_audio_feats")
 TASK_KINDS = ("cls", "qa")
+_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+_Default = TypeVar("_Default", str, None)
 
 Media = bytes | Path
 Feature = Media | Descriptor
@@ -101,21 +104,21 @@ def sample_from_row(row: Mapping[str, Any], *, file: str, index: int, root: Path
         return SampleError(reason, kind="schema", file=file, row=index, dataset=str(dataset or "?"), field=field)
 
     def text(field: str) -> str:
-        value = row.get(field)
+        value = optional_text(field, None)
         if value is None:
             raise fault(field, "is missing; every row needs it")
-        if not isinstance(value, str):
-            raise fault(field, f"must be a string, got {type(value).__name__}")
         if not value.strip():
             raise fault(field, "is blank; every row needs it")
         return value
 
-    def optional_text(field: str, default: str) -> str:
+    def optional_text(field: str, default: _Default) -> str | _Default:
         value = row.get(field)
         if value is None:
             return default
         if not isinstance(value, str):
             raise fault(field, f"must be a string, got {type(value).__name__}")
+        if _LONE_SURROGATE.search(value):  # JSON can say so, but no vocabulary and no file can take it
+            raise fault(field, "holds half of a character, a surrogate without the other")
         return value
 
     def items(field: str) -> tuple[Media, ...]:
@@ -133,6 +136,8 @@ def sample_from_row(row: Mapping[str, Any], *, file: str, index: int, root: Path
             return entry
         if not isinstance(entry, str) or not entry.strip():
             raise fault(field, f"item {i} must be a path relative to the file's directory, got {entry!r}")
+        if "\0" in entry or _LONE_SURROGATE.search(entry):
+            raise fault(field, f"item {i} is no file name in UTF-8: {entry!r}")
         return root / entry
 
     dataset = text("dataset")

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import glob
 import hashlib
 import json
 import os
-import threading
-from collections import OrderedDict
+import re
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from omnisapiens_jax.atlas import records
 from omnisapiens_jax.atlas.schema import FEATURE_FIELDS, MEDIA_FIELDS, Feature, Sample, SampleError, sample_from_row
 from omnisapiens_jax.atlas.tars import TarFiles
+
+if TYPE_CHECKING:
+    from omnisapiens_jax.atlas.parquet import ParquetSource
 
 SPLITS = ("train", "validation", "test")
 # What the tar release calls its splits.
@@ -27,6 +28,8 @@ RELEASED = {
     "validation": "final_v8_val_cleaned.jsonl",
     "test": "final_v8_test_cleaned.jsonl",
 }
+
+_NUMBERED = re.compile(r"-(\d+)-of-(\d+)")  # what follows the split in the name of a shard
 
 
 class Source(Protocol):
@@ -44,6 +47,10 @@ class Source(Protocol):
         """Changes when a media file that the row names does; "" where the fingerprint says it all."""
         ...
 
+    def file(self, index: int) -> str:
+        """The file that a row is in, as samples and errors say it. Reads nothing."""
+        ...
+
 
 def open_source(path: str | Path) -> JsonlSource | ParquetSource | ArrayRecordSource:
     """The source at a path: a `.jsonl` or `.parquet` file, or a split without the ending.
@@ -52,8 +59,9 @@ def open_source(path: str | Path) -> JsonlSource | ParquetSource | ArrayRecordSo
     `DIR/train.parquet` or the shards `DIR/train-*.parquet`, the first that there is.
 
     Raises:
-        FileNotFoundError: there is none of these.
-        ValueError: a tar beside the JSONL, or the prepared atlas, is broken.
+        NoSuchSplit: there is none of these.
+        FileNotFoundError: shards are missing.
+        ValueError: a tar beside the JSONL, or the prepared atlas, is broken; or the shards are of several sets.
     """
     path = Path(path)
     if (path.parent / records.RECEIPT).is_file():
@@ -61,11 +69,15 @@ def open_source(path: str | Path) -> JsonlSource | ParquetSource | ArrayRecordSo
     for lines in (path, path.with_name(f"{path.name}.jsonl"), path.with_name(RELEASED.get(path.name, path.name))):
         if lines.is_file() and lines.suffix == ".jsonl":
             return JsonlSource(lines)
-    for shards in ([path], [path.with_name(f"{path.name}.parquet")], sorted(path.parent.glob(f"{path.name}-*.parquet"))):
+    for shards in ([path], [path.with_name(f"{path.name}.parquet")], _shards(path)):
         if shards and all(shard.is_file() and shard.suffix == ".parquet" for shard in shards):
+            from omnisapiens_jax.atlas.parquet import ParquetSource  # Arrow takes 25 MB of every process, also where there is no parquet
+
             return ParquetSource(shards)
+    if path.is_dir():
+        raise records.NoSuchSplit(f"{path} is a folder: name a split in it, such as {path / SPLITS[0]}")
     released = f", {RELEASED[path.name]}" if path.name in RELEASED else ""
-    raise FileNotFoundError(
+    raise records.NoSuchSplit(
         f"no atlas at {path}: expected a .jsonl or .parquet file, or a split's name such as {path.with_name(path.stem)}, which stands for "
         f"the file {path.stem}.jsonl{released}, {path.stem}.parquet or shards {path.stem}-*.parquet, or a split of a prepared atlas"
     )
@@ -75,14 +87,15 @@ def open_splits(folder: str | Path) -> dict[str, JsonlSource | ParquetSource | A
     """Those of train, validation and test that a folder has, in this order.
 
     Raises:
-        FileNotFoundError: it has none.
+        FileNotFoundError: it has none, or a part of one is missing.
+        ValueError: as `open_source`.
     """
     found = {}
     for split in SPLITS:
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(records.NoSuchSplit):
             found[split] = open_source(Path(folder) / split)
     if not found:
-        raise FileNotFoundError(
+        raise records.NoSuchSplit(
             f"no atlas in {folder}: expected splits named {', '.join(SPLITS)} as .jsonl, .parquet or parquet shards, the tar release's "
             f"{', '.join(RELEASED.values())}, or a prepared atlas"
         )
@@ -112,7 +125,7 @@ class JsonlSource:
         return len(self._offsets)
 
     def __getitem__(self, index: int) -> Sample:
-        sample = sample_from_row(self._row(_checked(index, len(self))), file=str(self.path), index=index, root=self.path.parent)
+        sample = sample_from_row(self._row(checked(index, len(self))), file=str(self.path), index=index, root=self.path.parent)
         if not len(self._tars):
             return sample
         return dataclasses.replace(sample, **{field: self._fetched(sample, field) for field in (*MEDIA_FIELDS, *FEATURE_FIELDS)})
@@ -135,12 +148,16 @@ class JsonlSource:
     def stamp(self, index: int) -> str:
         """Size and time of every media file that the row names, "-" for one that is not there; and the stamp of the tars."""
         try:
-            row = self._row(_checked(index, len(self)))
+            row = self._row(checked(index, len(self)))
         except SampleError:
             return ""
         named = [row.get(field) for field in MEDIA_FIELDS]
         paths = [self.path.parent / name for names in named if isinstance(names, list) for name in names if isinstance(name, str)]
         return " ".join([*map(_file_stamp, paths), self._tars.stamp]).strip()
+
+    def file(self, index: int) -> str:
+        """The same for all rows."""
+        return str(self.path)
 
     def _row(self, index: int) -> dict[str, Any]:
         with self.path.open("rb") as file:
@@ -167,99 +184,6 @@ class JsonlSource:
         return tuple(items)
 
 
-class ParquetSource:
-    """Parquet shards whose media columns are `list<binary>`, read as one table in the order given.
-
-    Text columns of a shard stay in memory once touched. Media columns are read a row group at a time and the last `cached_groups` are
-    kept: rows that are near each other in a shard are cheap, a random row costs its row group.
-    """
-
-    def __init__(self, paths: list[Path], *, cached_groups: int = 4) -> None:
-        self.paths = list(paths)
-        self._cached_groups = cached_groups
-        digest, groups = hashlib.sha256(), []
-        for number, path in enumerate(self.paths):
-            try:
-                metadata = pq.read_metadata(path)
-                digest.update(f"{path.name} {path.stat().st_size} ".encode() + _footer(path, metadata.serialized_size))
-            except (OSError, ValueError, pa.ArrowException) as error:
-                raise ValueError(f"{path}: not a readable parquet file, perhaps cut off; copy it again ({error})") from error
-            groups += [(number, g, metadata.row_group(g).num_rows) for g in range(metadata.num_row_groups)]
-        self._groups = groups
-        self._starts = np.cumsum([0] + [rows for *_, rows in groups])
-        self._digest = digest.hexdigest()
-        self._reset()
-
-    def _reset(self) -> None:
-        self._lock = threading.Lock()
-        self._light: dict[int, Any] = {}
-        self._heavy: OrderedDict[int, Any] = OrderedDict()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k not in ("_lock", "_light", "_heavy")}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._reset()
-
-    def __len__(self) -> int:
-        return int(self._starts[-1])
-
-    def __getitem__(self, index: int) -> Sample:
-        index = _checked(index, len(self))
-        group = int(np.searchsorted(self._starts, index, side="right")) - 1
-        shard, _, _ = self._groups[group]
-        offset = index - int(self._starts[group])
-        try:
-            with self._lock:
-                light, heavy = self._light_columns(group), self._media_columns(group)
-            row = {name: table[name][offset].as_py() for table in (light, heavy) for name in table.column_names}
-        except (OSError, ValueError, pa.ArrowException) as error:  # a page that is broken, text that is not UTF-8
-            reason, file = f"cannot be read: {error}", str(self.paths[shard])
-            raise SampleError(reason, kind="schema", file=file, row=index, dataset="?", field="(the row)") from error
-        return sample_from_row(row, file=str(self.paths[shard]), index=index, root=None)
-
-    def datasets(self) -> list[str]:
-        """The dataset of every row, "" where the row does not say."""
-        names: list[str] = []
-        for shard, group, count in self._groups:
-            try:
-                with pq.ParquetFile(self.paths[shard]) as file:
-                    rows = file.read_row_group(group, columns=["dataset"]).to_pylist()
-            except (OSError, ValueError, pa.ArrowException):
-                rows = [{}] * count  # each row's own fault, told when it is read
-            names += [name if isinstance(name := row.get("dataset"), str) else "" for row in rows]
-        return names
-
-    def fingerprint(self) -> str:
-        """SHA-256 over the shards' names, sizes and footers."""
-        return self._digest
-
-    def stamp(self, index: int) -> str:
-        """Nothing: the media are inside."""
-        return ""
-
-    def _light_columns(self, group: int) -> Any:
-        if group not in self._light:
-            self._light[group] = self._read(group, media=False)
-        return self._light[group]
-
-    def _media_columns(self, group: int) -> Any:
-        if group not in self._heavy:
-            self._heavy[group] = self._read(group, media=True)
-            while len(self._heavy) > self._cached_groups:
-                self._heavy.popitem(last=False)
-        self._heavy.move_to_end(group)
-        return self._heavy[group]
-
-    def _read(self, group: int, *, media: bool) -> Any:
-        shard, number, _ = self._groups[group]
-        with pq.ParquetFile(self.paths[shard]) as file:
-            heavy = {*MEDIA_FIELDS, *FEATURE_FIELDS}
-            names = [name for name in file.schema_arrow.names if (name in heavy) == media]
-            return file.read_row_group(number, columns=names)
-
-
 class ArrayRecordSource:
     """A split of an atlas that `atlas.prepare` made, read through TFDS without tensorflow. Needs the extra `tfds`.
 
@@ -272,7 +196,8 @@ class ArrayRecordSource:
             split: one of its splits.
 
         Raises:
-            FileNotFoundError: there is no such split, or shards of it are missing.
+            NoSuchSplit: there is no such split.
+            FileNotFoundError: shards of it are missing.
             ImportError: the extra `tfds` is not installed.
         """
         self.folder, self.split = Path(folder), split
@@ -284,8 +209,13 @@ class ArrayRecordSource:
         return len(self._records)
 
     def __getitem__(self, index: int) -> Sample:
-        index = _checked(index, len(self))
-        return records.decode(self._records[index], file=str(self.folder / self.split), index=index)
+        index, file = checked(index, len(self)), self.file(index)
+        try:
+            record = self._records[index]
+        except (RuntimeError, ValueError) as error:  # what ArrayRecord says of bytes that have changed
+            reason = f"is damaged, prepare again, which mends it ({error})"
+            raise SampleError(reason, kind="schema", file=file, row=index, dataset="?", field="(the record)") from error
+        return records.decode(record, file=file, index=index)
 
     def datasets(self) -> list[str]:
         """The dataset of every row."""
@@ -299,15 +229,28 @@ class ArrayRecordSource:
         """Nothing: the media are inside."""
         return ""
 
-
-def _footer(path: Path, size: int) -> bytes:
-    """The bytes of a parquet file's footer. (Arrow's reading of all that it says can abort the process when it is broken.)"""
-    with path.open("rb") as file:
-        file.seek(-size - 8, os.SEEK_END)  # its length and a magic word follow it
-        return file.read(size)
+    def file(self, index: int) -> str:
+        """The split, which is in several files."""
+        return str(self.folder / self.split)
 
 
-def _checked(index: int, length: int) -> int:
+def _shards(path: Path) -> list[Path]:
+    """The parquet shards of a split in order. Where their names say how many there are (`-00000-of-00293`), all of them must be there."""
+    found = sorted(path.parent.glob(f"{glob.escape(path.name)}-*.parquet"))
+    numbers = [(shard, [int(n) for n in match.groups()]) for shard in found if (match := _NUMBERED.match(shard.name[len(path.name) :]))]
+    if not numbers:
+        return found
+    there, of = {number for _, (number, _) in numbers}, {of for _, (_, of) in numbers}
+    if len(of) > 1 or len(there) < len(numbers):
+        raise ValueError(f"{path}: its shards are of more than one set, from {numbers[0][0].name} to {numbers[-1][0].name}; keep one")
+    if (missing := max(of) - len(there)) > 0:
+        first = f"{path.name}-{min({*range(max(of))} - there):05d}-of-{max(of):05d}.parquet"
+        raise FileNotFoundError(f"{path}: {missing} of its {max(of)} shards are missing, such as {first}; fetch them again")
+    return [shard for shard, _ in numbers]
+
+
+def checked(index: int, length: int) -> int:
+    """The index of a row. Raises IndexError where there is none."""
     if not 0 <= index < length:
         raise IndexError(f"row {index} of a source of {length} rows")
     return int(index)

@@ -62,14 +62,14 @@ class SplitReport:
         counts: (dataset, class) -> split -> rows; the class of free-form answers is `FREE_TEXT`.
         leaks: of every kind, in the order media, prompt, speaker.
         faults: rows that could not be read, and rows whose answer is no class of their dataset.
-        named: rows of datasets whose file names tell the speaker, and that name their media.
+        known: rows whose speaker (or dialogue) the names of their media tell.
     """
 
     splits: tuple[str, ...]
     counts: Mapping[tuple[str, str], Mapping[str, int]]
     leaks: tuple[Leak, ...]
     faults: FaultLog
-    named: int
+    known: int
 
     @property
     def rows(self) -> Counter[str]:
@@ -98,7 +98,9 @@ class SplitReport:
         for (kind, datasets, splits), (shared, leaked) in sorted(self._leaked().items()):
             lines.append(f"leak, {kind}: {shared:,} shared by {leaked:,} rows of {' and '.join(datasets)} in {', '.join(splits)}")
         telling = sum(sum(by_split.values()) for (name, _), by_split in self.counts.items() if name in SPEAKERS)
-        lines.append(f"speakers: {self.named:,} of {telling:,} rows of {', '.join(SPEAKERS)} name their media; other datasets tell none")
+        lines.append(
+            f"speakers: names of files tell them of {self.known:,} of {telling:,} rows of {', '.join(SPEAKERS)}; of no other dataset"
+        )
         if self.faults:
             lines.append(self.faults.report())
         return "\n".join(lines)
@@ -110,7 +112,7 @@ class SplitReport:
             "counts": [{"dataset": name, "class": label, **by_split} for (name, label), by_split in self.counts.items()],
             "leaks": [dataclasses.asdict(leak) for leak in self.leaks],
             "faults": [vars(fault) for fault in self.faults],
-            "named": self.named,
+            "known": self.known,
         }
 
     def _leaked(self) -> dict[tuple[str, tuple[str, ...], tuple[str, ...]], tuple[int, int]]:
@@ -134,7 +136,7 @@ def split_report(splits: Mapping[str, Source], *, threads: int = 2, progress: Pr
     """
     counts: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)
     holders: dict[tuple[str, str], dict[Row, None]] = defaultdict(dict)
-    faults, named, done = FaultLog(), 0, 0
+    faults, known, done = FaultLog(), 0, 0
     total = sum(len(source) for source in splits.values())
     for split, source in splits.items():
         with ThreadPoolExecutor(threads) as pool:
@@ -147,15 +149,15 @@ def split_report(splits: Mapping[str, Source], *, threads: int = 2, progress: Pr
                     faults.add(fault)
                 if counted is None:
                     continue
-                dataset, label, keys, has_names = counted
+                dataset, label, keys = counted
                 counts[dataset, label][split] += 1
-                named += has_names
+                known += any(kind == "speaker" for kind, _ in keys)
                 for key in keys:
                     holders[key][split, i, dataset] = None
     kinds = ("media", "prompt", "speaker")
     leaks = [Leak(*key, tuple(rows)) for key, rows in holders.items() if len({split for split, _, _ in rows}) > 1]
     leaks.sort(key=lambda leak: (kinds.index(leak.kind), leak.what))
-    return SplitReport(tuple(splits), {key: dict(value) for key, value in counts.items()}, tuple(leaks), faults, named)
+    return SplitReport(tuple(splits), {key: dict(value) for key, value in counts.items()}, tuple(leaks), faults, known)
 
 
 def speaker(dataset: str, name: str) -> str | None:
@@ -168,7 +170,7 @@ def speaker(dataset: str, name: str) -> str | None:
     return f"{dataset.split('_')[0]} {role} {who}"
 
 
-_Counted = tuple[str, str, set[tuple[str, str]], bool]  # dataset, class, what may leak, whether media are named
+_Counted = tuple[str, str, set[tuple[str, str]]]  # dataset, class, what may leak
 
 
 def _look(source: Source, i: int) -> tuple[list[SampleError], _Counted | None]:
@@ -191,7 +193,7 @@ def _look(source: Source, i: int) -> tuple[list[SampleError], _Counted | None]:
                 faults.append(sample.error(f"{item} cannot be read ({reason.strerror})", kind="media", field=field))
     if not any(getattr(sample, field) for field in MEDIA_FIELDS):
         keys.add(("prompt", hashlib.sha256(sample.problem.encode()).hexdigest()))
-    return faults, (sample.dataset, _class(sample), keys, bool(names))
+    return faults, (sample.dataset, _class(sample), keys)
 
 
 def _names(sample: Sample) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ import os
 import posixpath
 import tarfile
 import tempfile
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -36,10 +37,10 @@ class TarFiles:
         facts = [(str(tar.relative_to(folder)), tar.stat().st_size, tar.stat().st_mtime_ns) for tar in self._tars]
         self.stamp = hashlib.sha256(repr(facts).encode()).hexdigest()[:24]  # changes when a tar does
         kept = (cache or resources.cache() / "tars") / f"{self.stamp}.npz"
-        if not kept.exists():
-            _keep(kept, *_index(folder, self._tars))
-        with np.load(kept, allow_pickle=False) as arrays:
-            self._names, self._places = arrays["names"], arrays["places"]
+        if (found := _kept(kept)) is None:
+            found = _index(folder, self._tars)
+            _keep(kept, *found)
+        self._names, self._places = found
 
     def __len__(self) -> int:
         return len(self._names)
@@ -92,6 +93,15 @@ def _index(folder: Path, tars: Sequence[Path]) -> tuple[np.ndarray, np.ndarray]:
     names = np.array(sorted(found), dtype="S") if found else np.zeros(0, "S1")
     places = np.array([found[name] for name in names.tolist()], np.int64).reshape(-1, 3)
     return names, places
+
+
+def _kept(path: Path) -> tuple[np.ndarray, np.ndarray] | None:
+    """An index that was kept; None where there is none, or none that can be read, as a crash of the machine may leave it."""
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return arrays["names"], arrays["places"]
+    except (FileNotFoundError, ValueError, EOFError, zipfile.BadZipFile):
+        return None
 
 
 def _keep(path: Path, names: np.ndarray, places: np.ndarray) -> None:

@@ -88,7 +88,7 @@ class Decoder:
         try:
             sample = self.source[row]
         except MemoryError:
-            raise SampleError(_TOO_LARGE, kind="memory", file="?", row=row, dataset="?", field="(the row)") from None
+            raise SampleError(_TOO_LARGE, kind="memory", file=self.source.file(row), row=row, dataset="?", field="(the row)") from None
         if told:
             told(sample)
         return sample
@@ -99,16 +99,16 @@ class IsolatedDecoder:
     `memory`."""
 
     def __init__(self, decoder: Decoder, pool: WorkerPool) -> None:
-        self._pool, self._payload = pool, pickle.dumps(decoder)
+        self._pool, self._payload, self._source = pool, pickle.dumps(decoder), decoder.source
         _trim()
 
     def measure(self, row: int) -> tuple[Kinds, Bucket, int, list[SampleError]]:
         """See `Decoder.measure`."""
-        return self._pool.run(self._payload, "measure", row)
+        return self._pool.run(self._payload, self._source.file(row), "measure", row)
 
     def build(self, row: int, excess: int = 0, planned: Bucket | None = None) -> tuple[Example, list[SampleError]]:
         """See `Decoder.build`. The arrays lie in memory that the worker filled: nothing is copied on the way."""
-        return self._pool.run(self._payload, "build", row, excess, planned)
+        return self._pool.run(self._payload, self._source.file(row), "build", row, excess, planned)
 
 
 def open_decoder(
@@ -141,8 +141,8 @@ class WorkerPool:
             self._idle.put(worker)
         weakref.finalize(self, _close, self._workers, self._starter)
 
-    def run(self, decoder: bytes, task: str, row: int, *arguments: Any) -> Any:
-        """The answer of a method of the pickled `decoder` about a row.
+    def run(self, decoder: bytes, file: str, task: str, row: int, *arguments: Any) -> Any:
+        """The answer of a method of the pickled `decoder` about a row; `file` is where errors say that it is.
 
         Raises:
             SampleError: the row cannot be used, or a worker ended over it.
@@ -150,7 +150,7 @@ class WorkerPool:
         """
         worker = _waiting(lambda: self._idle.get(timeout=_GLANCE), queue.Empty)
         try:
-            return worker.ask(decoder, task, row, *arguments)
+            return worker.ask(decoder, file, task, row, *arguments)
         finally:
             self._idle.put(worker)
 
@@ -212,9 +212,9 @@ class _Worker:
         self._socket: socket.socket | None = None
         self._known: dict[bytes, int] = {}
 
-    def ask(self, decoder: bytes, task: str, row: int, *arguments: Any) -> Any:
+    def ask(self, decoder: bytes, file: str, task: str, row: int, *arguments: Any) -> Any:
         """See `WorkerPool.run`."""
-        file, dataset = "?", "?"
+        dataset = "?"
         try:
             if self._process is None or self._process.poll() is not None:
                 self._starter.submit(self._start).result()
@@ -227,8 +227,8 @@ class _Worker:
                 raise self._obituary() from None
             while True:
                 what, answer = self._receive(until)
-                if what == "sample":
-                    file, dataset = answer
+                if what == "dataset":
+                    dataset = answer
                 elif what == "answer":
                     return answer
                 elif what == "fault":
@@ -392,7 +392,7 @@ def _serve(file: int, memory: int, parent: int) -> None:
                 decoders[number] = pickle.loads(new)
                 _trim()
                 _bound(memory)
-            tell = lambda sample: send(connection, ("sample", (sample.file, sample.dataset)))  # noqa: E731
+            tell = lambda sample: send(connection, ("dataset", sample.dataset))  # noqa: E731
             answer = "answer", getattr(decoders[number], task)(row, *arguments, told=tell)
         except SampleError as fault:
             answer = "fault", fault

@@ -6,10 +6,9 @@ import base64
 import io
 from pathlib import Path
 
-import av
 import av.error
 
-from omnisapiens_jax.processing.media import Source
+from omnisapiens_jax.processing.media import Source, open_container
 
 LARGEST_MEDIUM = 2**20  # bytes; what is larger is named, not embedded
 
@@ -42,7 +41,7 @@ def _poster(video: bytes) -> str:
     """The first picture of a video, for a page with more of them than a browser prepares; "" if there is none."""
     picture = io.BytesIO()
     try:
-        with av.open(io.BytesIO(video), "r") as container:
+        with open_container(io.BytesIO(video)) as container:
             next(container.decode(video=0)).to_image().save(picture, "JPEG")
     except (av.error.FFmpegError, IndexError, StopIteration):
         return ""

@@ -60,11 +60,16 @@ def decode_audio(source: Source, *, seconds: float, name: str = "audio") -> np.n
     return mono
 
 
+def open_container(raw: io.BytesIO) -> InputContainer:
+    """An audio or video file for FFmpeg. Titles and the like may be in any encoding: nobody asks for them."""
+    return av.open(raw, "r", metadata_errors="replace")
+
+
 def has_audio(source: Source, *, name: str = "video") -> bool:
     """Whether a container has a sound track."""
     name, raw = _open(source, name)
     try:
-        with av.open(raw, "r") as container:
+        with open_container(raw) as container:
             return bool(container.streams.audio)
     except _UNPLAYABLE as reason:
         raise MediaError(name, f"not a readable media file ({reason})") from reason
@@ -78,7 +83,7 @@ def decode_video(source: Source, *, frames: int, name: str = "video") -> np.ndar
     """
     name, raw = _open(source, name)
     try:
-        with av.open(raw, "r") as container:
+        with open_container(raw) as container:
             stream, packets = _read_packets(container, name)
             total = sum(not packet.is_discard for packet in packets)
             wanted = frame_indices(total, frames)
@@ -90,7 +95,7 @@ def decode_video(source: Source, *, frames: int, name: str = "video") -> np.ndar
         raise MediaError(name, f"corrupt or truncated video ({reason})") from reason
     if missing := [index for index in wanted if index not in kept]:
         raise MediaError(name, f"corrupt or truncated video (frame {missing[0]} of {total} cannot be decoded)")
-    return np.stack([kept[index] for index in wanted])
+    return np.stack([kept[index].transpose(2, 0, 1) for index in wanted]).transpose(0, 2, 3, 1)
 
 
 def frame_spacing(source: Source, *, frames: int, name: str = "video") -> float | None:
@@ -100,11 +105,11 @@ def frame_spacing(source: Source, *, frames: int, name: str = "video") -> float 
     """
     name, raw = _open(source, name)
     try:
-        with av.open(raw, "r") as container:
+        with open_container(raw) as container:
             stream, packets = _read_packets(container, name)
             times = sorted(packet.pts for packet in packets if packet.pts is not None and not packet.is_discard)
             base = stream.time_base
-    except av.error.FFmpegError as reason:
+    except _UNPLAYABLE as reason:
         raise MediaError(name, f"corrupt or truncated video ({reason})") from reason
     if len(times) < 2 or frames < 2 or base is None:
         return None
@@ -125,7 +130,7 @@ def video_shape(source: Source, *, frames: int, name: str = "video") -> tuple[in
     """Shape (n, height, width) that `decode_video` gives, without decoding."""
     name, raw = _open(source, name)
     try:
-        with av.open(raw, "r") as container:
+        with open_container(raw) as container:
             stream, packets = _read_packets(container, name)
             total = sum(not packet.is_discard for packet in packets)
             return min(frames, total), stream.height, stream.width
@@ -219,14 +224,20 @@ def _in_order(decoder: av.VideoCodecContext, packets: list[av.Packet], wanted: l
 
 
 def _rgb(reformatter: VideoReformatter, frame: av.VideoFrame) -> np.ndarray:
-    """A frame as `[H, W, 3]` uint8. One reformatter serves a clip: setting up the conversion costs more than a small frame's own."""
-    return reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()
+    """A frame as `[H, W, 3]` uint8, each colour for itself in memory: resizing wants it so.
+
+    One reformatter serves a clip: setting up the conversion costs more than a small frame's own.
+    """
+    planes = reformatter.reformat(frame, format="gbrp", threads=1).planes
+    colours = [np.frombuffer(memoryview(plane), np.uint8).reshape(-1, plane.line_size)[: frame.height, : frame.width] for plane in planes]
+    green, blue, red = colours
+    return np.stack([red, green, blue]).transpose(1, 2, 0)
 
 
 def _decode_sound_track(raw: io.BytesIO, seconds: float, name: str) -> tuple[np.ndarray, int]:
     """Samples `[n, channels]` float32 and their rate, from the first audio stream of a container."""
     try:
-        with av.open(raw, "r") as container:
+        with open_container(raw) as container:
             if not container.streams.audio:
                 raise MediaError(name, "has no audio stream")
             stream = container.streams.audio[0]

@@ -22,6 +22,7 @@ from omnisapiens_jax.atlas.recipe import Recipe
 from omnisapiens_jax.atlas.schema import Sample
 from omnisapiens_jax.atlas.sources import Source, open_source
 from omnisapiens_jax.models.config import ThinkerConfig
+from omnisapiens_jax.parallel.mesh import same_everywhere
 from omnisapiens_jax.processing.chat import FORMAT_PROMPTS
 from omnisapiens_jax.processing.options import ProcessingConfig
 from omnisapiens_jax.processing.tokenizers import open_tokenizer
@@ -102,8 +103,9 @@ class Atlas:
         source = self.source(name) if transcripts else WithoutTranscripts(self.source(name))
         recipe = Recipe(self.tokenizer, self._model, self._options, max_tokens=atlas.max_tokens, with_target=target)
         bounds = {"workers": atlas.workers, "deadline": atlas.deadline, "memory": atlas.worker_bytes}
+        how = PipelineConfig(atlas.on_error, cache_bytes=atlas.cache_bytes, **bounds)
         leave_out = quarantined_rows(Path(atlas.quarantine), source) if atlas.quarantine else ()
-        if leave_out:
+        if atlas.quarantine:  # also none: it may be the list of another atlas
             console.print(f"{name}: {len(leave_out)} rows are left out, as {atlas.quarantine} says")
         with Bar(f"measuring {name}", total=len(source), at_once=False) as bar:
             index, faults = length_index(
@@ -122,6 +124,11 @@ class Atlas:
             console.print(f"{name}: the transcripts of {cut} of {len(index)} samples were shortened to fit {atlas.max_tokens} tokens")
         if rows is not None:
             index = index.subset(rows(index))
+        if not same_everywhere(index.content()):  # else they would plan different steps, and wait for each other for ever
+            raise ValueError(
+                f"{self._root / name}: the processes do not find the same rows usable and of the same size. Their reports of bad rows, or "
+                f"{self._quarantine or 'a list of them'}, tell which: mend these, or leave them out with --config.atlas.quarantine=FILE"
+            )
         if not len(index):
             raise ValueError(f"{self._root / name}: of {len(source)} rows {len(faults)} cannot be used, and none is left for this stage")
         mode = "homogeneous" if atlas.batches == "packed" and not target else atlas.batches
@@ -133,7 +140,6 @@ class Atlas:
             buckets = (choose_row(index, cost, tokens=atlas.max_tokens),)
         else:
             buckets = choose_buckets(index, plan, cost, count=atlas.buckets)
-        how = PipelineConfig(atlas.on_error, cache_bytes=atlas.cache_bytes, **bounds)
         pipeline = Pipeline(source, recipe, Planner(index, buckets, plan), how, host=jax.process_index(), faults=faults)
         return Split(source, pipeline, zero=atlas.on_error == "zero")
 

@@ -13,8 +13,8 @@ import pyarrow.parquet as pq
 import soundfile
 from PIL import Image
 
+from omnisapiens_jax.atlas.parquet import ParquetSource
 from omnisapiens_jax.atlas.schema import Sample, SampleError
-from omnisapiens_jax.atlas.sources import ParquetSource
 from tests.atlas.toys import write_video
 
 LENGTHS = (0, 1, 7, 0x7F, 0xFF, 0xFFFF, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFE, 0xFFFFFFFF)
@@ -92,6 +92,9 @@ class Hostile:
 
     def stamp(self, index: int) -> str:
         return ""
+
+    def file(self, index: int) -> str:
+        return self.kind
 
     def __getitem__(self, index: int) -> Sample:
         kept = originals(self.kind)

@@ -6,6 +6,7 @@ import os
 import time
 
 from omnisapiens_jax.atlas.recipe import Recipe
+from omnisapiens_jax.atlas.sources import JsonlSource
 from tests.atlas.toys import RECIPE
 
 
@@ -64,3 +65,20 @@ def planted(**deeds: int) -> Planted:
     """`planted(crash=3)`: row 3 crashes."""
     fields = {field.name: getattr(RECIPE, field.name) for field in dataclasses.fields(RECIPE)}
     return Planted(**fields, deeds=tuple((row, deed) for deed, row in deeds.items()))
+
+
+@dataclasses.dataclass(frozen=True)
+class Deadly:
+    """A source of which a row cannot even be read: the library that does it crashes."""
+
+    source: JsonlSource
+    row: int
+
+    def __len__(self):
+        return len(self.source)
+
+    def __getitem__(self, index):
+        return crash() if index == self.row else self.source[index]
+
+    def file(self, index):
+        return self.source.file(index)

@@ -1,6 +1,7 @@
 """What a user sees for each thing that may be wrong with an atlas, while it is measured and while it is trained on."""
 
 import json
+import resource
 import subprocess
 import sys
 
@@ -229,6 +230,36 @@ def test_a_list_that_was_cut_off_is_gone_on_with(tmp_path):
     path.write_text('{"row": 1}\n')
     with pytest.raises(ValueError, match="line 1: not a line of a quarantine list, which has file, row"):
         read_quarantine(path)
+
+
+def test_a_list_is_not_read_again_for_every_row(tmp_path, monkeypatch):
+    """Thousands of them come one by one."""
+    parsed, real = [], json.loads
+    monkeypatch.setattr("omnisapiens_jax.atlas.faults.json.loads", lambda line: parsed.append(line) or real(line))
+    path = tmp_path / "quarantine.jsonl"
+    faults = [SampleError("broken", kind="media", file="a.jsonl", row=i, dataset="cremad", field="audios") for i in range(40)]
+    one, other = FaultLog(quarantine=path), FaultLog(quarantine=path)
+    for i in range(0, 40, 2):
+        one.add(faults[i])
+        other.add(faults[i], faults[i + 1])
+    assert len(parsed) <= 2 * 40  # by each of the two
+    assert sorted(fault.row for fault in read_quarantine(path)) == [*range(40)]
+    path.unlink()  # as if another run cleared it away
+    one.add(faults[1])
+    assert [fault.row for fault in read_quarantine(path)] == [1]
+
+
+def test_a_full_disk_is_told_not_a_shorter_list(tmp_path):
+    faults = [SampleError("broken", kind="media", file="a.jsonl", row=i, dataset="cremad", field="audios") for i in range(3)]
+    most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (150, most[1]))  # the first fault and a part of the second
+    try:
+        with pytest.raises(OSError, match="too large"):
+            FaultLog(faults, quarantine=tmp_path / "quarantine.jsonl")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, most)
+    FaultLog(faults, quarantine=tmp_path / "quarantine.jsonl")
+    assert [fault.row for fault in read_quarantine(tmp_path / "quarantine.jsonl")] == [0, 1, 2]
 
 
 WRITER = """

@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
+from omnisapiens_jax.atlas import lengths
 from omnisapiens_jax.atlas.faults import BadSamples
 from omnisapiens_jax.atlas.lengths import length_index
 from omnisapiens_jax.atlas.recipe import Recipe
@@ -93,6 +94,27 @@ def test_a_mended_file_is_noticed(atlas, tmp_path, measured):
     measured.clear()
     length_index(open_source(atlas), recipe(), on_error="raise", cache=tmp_path / "c")
     assert measured == []
+
+
+def test_a_run_that_was_stopped_goes_on_with_what_it_had_measured(atlas, tmp_path, measured, monkeypatch):
+    monkeypatch.setattr(lengths, "_KEPT", 5)
+
+    def stop(done, total):
+        if done == 7:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        length_index(open_source(atlas), recipe(), on_error="raise", cache=tmp_path / "c", threads=1, progress=stop)
+    measured.clear()
+    index, _ = length_index(open_source(atlas), recipe(), on_error="raise", cache=tmp_path / "c", threads=1)
+    assert len(index) == 12 and measured == list(range(5, 12))
+
+
+def test_a_cache_that_cannot_be_read_is_made_again(atlas, tmp_path):
+    length_index(open_source(atlas), recipe(), on_error="raise", cache=tmp_path / "c")
+    (kept,) = (tmp_path / "c").iterdir()
+    kept.write_text(kept.read_text()[:40])
+    assert len(length_index(open_source(atlas), recipe(), on_error="raise", cache=tmp_path / "c")[0]) == 12
 
 
 def test_progress_ends_at_the_number_of_rows(atlas):

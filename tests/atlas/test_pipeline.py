@@ -162,6 +162,14 @@ def test_the_target_text(atlas):
     assert target_text(bare) == r"\boxed{sad}" and target_text(bare, "%s") == "sad"
 
 
+def test_a_way_of_working_that_cannot_be_is_refused():
+    """A misspelt policy must not mean another."""
+    wrong: Any
+    for wrong, told in (({"on_error": "rais"}, "unknown on_error 'rais'; known: raise, skip, zero"), ({"workers": -1}, "-1 workers")):
+        with pytest.raises(ValueError, match=told):
+            PipelineConfig(**wrong)
+
+
 def test_a_host_that_is_not_there_is_refused(atlas):
     with pytest.raises(ValueError, match="host 2 of 2"):
         make(atlas, hosts=2, host=2)

@@ -188,6 +188,8 @@ def test_signatures_take_turns_until_they_run_out():
         assert [sorted(order[i : i + 2]) for i in (6, 8)] == [[1, 2]] * 2 and order[10:] == [2] * 5
         if not shuffle:
             assert order[:6] == [0, 1, 2] * 2
+    plans = [Planner(index, (Bucket(1, 1, 1, 1, 1, 1),), PlanConfig(batch_size=4, seed=seed)).epoch(0) for seed in range(12)]
+    assert {int(signatures[plan.ids[0, 0, 0]]) for plan in plans} == {0, 1, 2}  # none of them is always first
 
 
 @pytest.mark.parametrize("mode", ["homogeneous", "mixed"])
@@ -228,6 +230,8 @@ def test_a_plan_that_cannot_be_is_refused_with_the_reason():
         Planner(index, (Bucket(8), Bucket(9)), PlanConfig(batch_size=4, mode="packed"))
     with pytest.raises(ValueError, match="no samples"):
         choose_buckets(index.subset(np.zeros(20, bool)), PlanConfig(batch_size=4), COST)
+    with pytest.raises(ValueError, match="-1 buckets"):
+        choose_buckets(index, PlanConfig(batch_size=4), COST, count=-1)
     pair = alike(np.arange(2), np.array([[10, 5, 5, 0, 0, 0, 1], [10, 0, 0, 1, 1, 4, 1]]))
     with pytest.raises(ValueError, match="joint maximum"):
         Planner(pair, (Bucket(10, 5, 5), Bucket(10, 0, 0, 1, 1, 4)), PlanConfig(batch_size=2, mode="mixed"))

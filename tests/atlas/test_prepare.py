@@ -5,6 +5,7 @@ import hashlib
 import importlib
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -16,8 +17,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from omnisapiens_jax.atlas import prepare as prepare_module
 from omnisapiens_jax.atlas.faults import BadSamples
 from omnisapiens_jax.atlas.prepare import Config, damaged, main, prepare, summary
+from omnisapiens_jax.atlas.schema import SampleError
 from omnisapiens_jax.atlas.sources import ArrayRecordSource, open_source, open_splits
 from omnisapiens_jax.processing.descriptors.read import Descriptor
 from tests.atlas.release import TEXTS, sounds_described, torch_saved, videos_described, write_release
@@ -228,11 +231,79 @@ def test_a_damaged_file_is_found_and_made_again(release, tmp_path):
     assert [path.name for path in folder.parent.iterdir()] == ["1.0.0"]
 
 
+def test_a_record_that_is_damaged_is_one_rows_fault(release, tmp_path):
+    folder = prepare(release[0], tmp_path, Config.of("cremad"), workers=0)
+    with next(folder.glob("*train*")).open("r+b") as file:
+        file.seek(70_000)
+        file.write(b"\0\1\2\3")
+    source, bad = open_source(folder / "train"), []
+    for i in range(len(source)):
+        try:
+            source[i]
+        except SampleError as fault:
+            bad.append((fault.row, fault.kind, fault.file))
+            assert "is damaged, prepare again" in str(fault)
+    assert bad == [(bad[0][0], "schema", str(folder / "train"))]
+
+
+def test_what_lies_beside_the_files_is_told_when_it_is_broken_and_mended(release, tmp_path):
+    folder = prepare(release[0], tmp_path, Config.of("cremad"), workers=0)
+    (folder / "features.json").write_text("{")
+    (folder / ".left.draft").touch()  # by a call that was killed while it mended
+    with pytest.raises(ValueError, match="features.json is broken; prepare again"):
+        open_source(folder / "train")
+    with pytest.raises(SystemExit, match="features.json is broken; prepare again"):
+        main([str(folder)])
+    prepare(release[0], tmp_path, Config.of("cremad"), workers=0)
+    assert open_source(folder / "train")[0].dataset == "cremad" and not (folder / ".left.draft").exists()
+    (folder / "atlas.json").write_text("{")
+    with pytest.raises(ValueError, match=r"atlas.json is broken .* prepare it anew"):
+        open_source(folder / "train")
+
+
+def test_a_source_that_changes_between_two_calls_is_read_anew(loose, tmp_path):
+    prepare(loose, tmp_path / "before", Config.of("cremad"), workers=0)
+    row = next(i for i, line in enumerate((loose / TRAIN).read_text().splitlines()) if json.loads(line)["dataset"] == "cremad")
+    edit_row(loose / TRAIN, row, problem="changed")
+    assert open_source(prepare(loose, tmp_path / "after", Config.of("cremad"), workers=0) / "train")[0].problem == "changed"
+
+
+def test_a_row_of_an_unknown_dataset_is_told_and_in_no_configuration(loose, tmp_path):
+    edit_row(loose / TRAIN, 0, dataset="iemocap")
+    with pytest.raises(BadSamples, match="iemocap: 1 label"):
+        prepare(loose, tmp_path, Config.of("cremad"), workers=0)
+    next(tmp_path.rglob("*.receipts/*-test.*.json")).write_text("")  # what a crash of the machine may leave
+    next(tmp_path.rglob("*.part/*-validation.*")).write_bytes(b"")
+    folder = prepare(loose, tmp_path, Config.of("cremad"), workers=0, on_error="skip")
+    assert {*open_source(folder / "train").datasets()} == {"cremad"} and damaged(folder) == []
+
+
+def test_the_command_line_tells_what_it_can_go_on_from(release, tmp_path, monkeypatch):
+    def interrupt(job):
+        raise KeyboardInterrupt
+
+    def fill_the_disk(job):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+        try:
+            make(job)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+    make, arguments = prepare_module.make_shard, [str(release[0]), str(tmp_path), "--workers=0"]
+    for deed, told in ((interrupt, "interrupted; the same command goes on"), (fill_the_disk, "cannot be written .*too large")):
+        monkeypatch.setattr(prepare_module, "make_shard", deed)
+        with pytest.raises(SystemExit, match=told):
+            main(arguments)
+    assert not list(tmp_path.rglob("*.draft"))
+
+
 def test_a_missing_file_is_told_when_the_atlas_is_opened(release, tmp_path):
     folder = prepare(release[0], tmp_path, Config.of("cremad"), workers=0)
     next(folder.glob("*train*")).unlink()
     with pytest.raises(FileNotFoundError, match="train.array_record-00000-of-00001 is missing.*mends it"):
         open_source(folder / "train")
+    with pytest.raises(FileNotFoundError, match="is missing"):  # and not an atlas that has no such split
+        open_splits(folder)
     with pytest.raises(FileNotFoundError, match="no split 'dev'; it has train"):
         ArrayRecordSource(folder, "dev")
 

@@ -50,6 +50,9 @@ def test_bytes_are_kept_as_they_are():
         ({"audios": "audio/a.wav"}, "audios", "list"),
         ({"audios": ["a.wav", ""]}, "audios", "item 1"),
         ({"dataset": None}, "dataset", "missing"),
+        ({"problem": "cut in an emoji \ud83d"}, "problem", "half of a character"),
+        ({"audios": ["cut/\ud83d.wav"]}, "audios", "no file name in UTF-8: 'cut/\\ud83d.wav'"),
+        ({"ext_audio_feats": ["a\0b.pt"]}, "ext_audio_feats", "no file name in UTF-8"),
     ],
 )
 def test_a_bad_field_is_named_with_its_file_row_and_dataset(change, field, words):

@@ -8,8 +8,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from omnisapiens_jax.atlas.parquet import ParquetSource
 from omnisapiens_jax.atlas.schema import SampleError
-from omnisapiens_jax.atlas.sources import JsonlSource, ParquetSource, open_source, open_splits
+from omnisapiens_jax.atlas.sources import JsonlSource, open_source, open_splits
 from tests.atlas.release import BYTES, TEXTS, write_release
 
 LISTS = ("images", "videos", "audios", "ext_video_feats", "ext_audio_feats")
@@ -72,10 +73,10 @@ def test_sources_travel_to_workers(jsonl, parquet):
         assert pickle.loads(pickle.dumps(source))[5] == first
 
 
-def test_media_of_few_row_groups_stay_in_memory(parquet):
+def test_few_row_groups_stay_in_memory(parquet):
     source = ParquetSource(sorted(parquet.parent.glob("*.parquet")), cached_groups=2)
     assert [source[i].id for i in range(23)] == list(range(23))
-    assert len(source._heavy) == 2
+    assert sum(table.num_rows for value in vars(source).values() if isinstance(value, dict) for table in value.values()) <= 2 * 5
 
 
 def test_rows_outside_and_files_that_are_not_there(jsonl, tmp_path):
@@ -85,8 +86,10 @@ def test_rows_outside_and_files_that_are_not_there(jsonl, tmp_path):
         open_source(jsonl)[-1]
     with pytest.raises(FileNotFoundError, match="no atlas at"):
         open_source(tmp_path / "nothing.jsonl")
-    with pytest.raises(FileNotFoundError, match=r"the file audio.jsonl, audio.parquet or shards audio-"):
-        open_source(tmp_path / "audio")
+    with pytest.raises(FileNotFoundError, match=r"the file test.jsonl, .*, test.parquet or shards test-"):
+        open_source(tmp_path / "test")
+    with pytest.raises(FileNotFoundError, match="is a folder: name a split in it, such as .*/train"):
+        open_source(tmp_path)
 
 
 def test_a_split_is_found_by_its_name(jsonl, parquet, tmp_path):
@@ -96,6 +99,22 @@ def test_a_split_is_found_by_its_name(jsonl, parquet, tmp_path):
     (parquet.parent / "test-00000-of-00001.parquet").write_bytes((tmp_path / "test.parquet").read_bytes())
     assert len(open_source(tmp_path / "test")) == len(open_source(parquet.parent / "test")) == 9
     assert len(open_source(parquet)) == 23  # the shards of another split beside them do not count
+
+
+def test_a_split_of_which_a_shard_is_missing_is_no_split(parquet):
+    """A download that stopped must not look like a smaller atlas, nor like one without this split."""
+    first, last = sorted(parquet.parent.glob("*.parquet"))
+    content = last.read_bytes()
+    last.unlink()
+    for open_ in (open_source, lambda path: open_splits(path.parent)):
+        with pytest.raises(FileNotFoundError, match="1 of its 2 shards are missing, such as train-00001-of-00002.parquet; fetch"):
+            open_(parquet)
+    last.write_bytes(content)
+    (parquet.parent / "train-extra-00000-of-00001.parquet").write_bytes(content)  # a split of another name
+    assert len(open_source(parquet)) == 23 and len(open_source(f"{parquet}-extra")) == 9
+    (parquet.parent / "train-00000-of-00001.parquet").write_bytes(content)  # another download
+    with pytest.raises(ValueError, match="more than one set"):
+        open_source(parquet)
 
 
 def test_a_broken_line_is_an_error_of_that_row_only(jsonl):
@@ -111,7 +130,8 @@ def test_fingerprints_follow_the_content(jsonl, parquet):
     before = open_source(jsonl).fingerprint(), open_source(parquet).fingerprint()
     assert before == (open_source(jsonl).fingerprint(), open_source(parquet).fingerprint())
     jsonl.write_text(jsonl.read_text().replace("sad", "mad", 1))
-    (parquet.parent / "train-00001-of-00002.parquet").unlink()
+    last = parquet.parent / "train-00001-of-00002.parquet"
+    pq.write_table(pq.read_table(last).slice(1), last)
     assert open_source(jsonl).fingerprint() != before[0] and open_source(parquet).fingerprint() != before[1]
 
 

@@ -62,6 +62,15 @@ def test_a_tar_that_changed_is_walked_through_again(tmp_path):
     assert TarFiles(tmp_path).read("x") == b"new"
 
 
+@pytest.mark.parametrize("left", [0, 100])
+def test_an_index_that_cannot_be_read_is_made_again(tmp_path, left):
+    write_tar(tmp_path / "a.tar", [("x", b"1")])
+    for _ in range(2):
+        assert TarFiles(tmp_path, cache=tmp_path / "cache").read("x") == b"1"
+        (kept,) = (tmp_path / "cache").iterdir()
+        kept.write_bytes(kept.read_bytes()[:left])
+
+
 @pytest.mark.parametrize("kind", ["cut", "gz", "noise", "empty"])
 def test_a_tar_that_cannot_be_read_at_random_is_named(tmp_path, kind):
     write_tar(tmp_path / "good.tar", [("x", b"1" * 5000), ("y", b"2" * 5000)])

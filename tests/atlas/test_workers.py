@@ -8,19 +8,21 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
 import pytest
 
 from omnisapiens_jax.atlas.bucketing import SlotCost, choose_buckets
+from omnisapiens_jax.atlas.faults import FaultLog, quarantined_rows
 from omnisapiens_jax.atlas.lengths import length_index
 from omnisapiens_jax.atlas.pipeline import Pipeline, PipelineConfig
 from omnisapiens_jax.atlas.plan import MASKED, PlanConfig, Planner
 from omnisapiens_jax.atlas.schema import SampleError
-from omnisapiens_jax.atlas.sources import open_source
+from omnisapiens_jax.atlas.sources import JsonlSource, open_source
 from omnisapiens_jax.atlas.workers import Decoder, IsolatedDecoder, WorkerPool
-from tests.atlas.planted import planted
+from tests.atlas.planted import Deadly, planted
 from tests.atlas.toys import CONFIG, recipe, write_atlas
 
 REPO = Path(__file__).resolve().parents[2]
@@ -74,6 +76,14 @@ def test_what_ends_a_worker_is_one_samples_fault(atlas, pool, deed, kind, phrase
         fault = caught.value
         assert (fault.kind, fault.file, fault.row, fault.dataset) == (kind, str(atlas), 4, "cremad")
     assert decoder.build(5)[0].patch_mask.any()
+
+
+def test_a_row_that_ends_its_worker_before_it_is_read_can_be_listed_and_left_out(atlas, pool, tmp_path):
+    source: Any = Deadly(JsonlSource(atlas), 4)
+    with pytest.raises(SampleError, match="SIGSEGV") as caught:
+        IsolatedDecoder(Decoder(source, recipe()), pool).build(4)
+    FaultLog([caught.value], quarantine=tmp_path / "quarantine.jsonl")
+    assert quarantined_rows(tmp_path / "quarantine.jsonl", source) == {4}  # and nobody reads it for that
 
 
 def test_a_worker_killed_while_idle_is_replaced(atlas):
@@ -142,9 +152,9 @@ def test_a_closed_pool_leaves_no_process_and_no_waiting_thread(atlas):
 RUN = """
 import signal, sys, threading
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores interrupts, and what it starts does too
-from omnisapiens_jax.atlas.sources import open_source
+from omnisapiens_jax.atlas.sources import JsonlSource, open_source
 from omnisapiens_jax.atlas.workers import Decoder, open_decoder
-from tests.atlas.planted import planted
+from tests.atlas.planted import Deadly, planted
 decoder = open_decoder(open_source(sys.argv[1]), planted(hang_with_the_lock=4), workers=1)
 decoder.build(0)
 print("ready", flush=True)

@@ -199,6 +199,9 @@ def test_media_that_cannot_be_embedded_are_named(folder: Path, test_rows: Source
         def stamp(self, index: int) -> str:
             return ""
 
+        def file(self, index: int) -> str:
+            return ""
+
     save_answers(folder / "evaluation-sft.json", answers(test_rows, {0}))
     text = Page(write_report(folder, {}, test=Changed(), train=train_rows)).text
     assert "lost.wav is missing" in text

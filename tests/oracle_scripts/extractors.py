@@ -1,8 +1,14 @@
-"""transformers' feature extractors on real data: log-mel of waveforms, patches of pictures."""
+"""transformers' feature extractors on real data: log-mel of waveforms, patches of pictures.
+
+Pictures are resized as torchvision does it for the published processor, by torch's bicubic on bytes; torchvision itself is absent, and the
+processor for Pillow, which takes over then, has other weights.
+"""
 
 import numpy as np
+import torch
 from _serve import serve
 from PIL import Image
+from torch.nn.functional import interpolate
 from transformers import WhisperFeatureExtractor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
@@ -17,7 +23,11 @@ def run(min_pixels: int = 0, max_pixels: int = 0, **arrays: np.ndarray) -> dict[
             out = whisper(value, sampling_rate=16000, padding="max_length", return_attention_mask=True, return_tensors="np")
             answer[name.replace("audio", "mel")] = out["input_features"][0][:, : int(out["attention_mask"][0].sum())].T
         else:
-            out = pictures(Image.fromarray(value), return_tensors="np")
+            _, rows, columns = pictures(Image.fromarray(value), return_tensors="np")["image_grid_thw"][0]
+            channels = torch.from_numpy(value).permute(2, 0, 1)[None].contiguous()
+            resized = interpolate(channels, (int(rows) * 14, int(columns) * 14), mode="bicubic", antialias=True, align_corners=False)
+            out = pictures(Image.fromarray(resized[0].permute(1, 2, 0).numpy()), return_tensors="np")
+            assert out["image_grid_thw"][0].tolist() == [1, rows, columns]
             answer[name.replace("image", "patches")] = out["pixel_values"]
             answer[name.replace("image", "grid")] = out["image_grid_thw"][0]
     return answer

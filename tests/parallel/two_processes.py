@@ -15,6 +15,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
+import pytest  # noqa: E402
 from absl import flags  # noqa: E402
 from ml_collections import ConfigDict  # noqa: E402
 from orbax.checkpoint import multihost  # noqa: E402
@@ -56,7 +57,12 @@ def begin_together() -> None:
 def sft_gradients(config: ConfigDict, here: World, folder: Path) -> None:
     from omnisapiens_jax.training import sft
 
-    train = here.run(folder).atlas.split(config.atlas.train, batch_size=8, target=True, shuffle=True)
+    atlas = here.run(folder).atlas
+    if jax.process_count() > 1:  # a row that one of them could not read
+        with pytest.raises(ValueError, match="do not find the same rows"):
+            rows = lambda index: index.ids > jax.process_index() - 1  # noqa: E731
+            atlas.split(config.atlas.train, batch_size=8, target=True, shuffle=True, rows=rows)
+    train = atlas.split(config.atlas.train, batch_size=8, target=True, shuffle=True)
     batch = put_batch(next(train.pipeline.batches(0, 1))[1], here.mesh)
     loss, _, grads = jax.jit(functools.partial(sft.sft_gradients, here.graph, 1))(here.state, batch)
     leaves = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(grads)}

@@ -40,6 +40,8 @@ def _run(options: argparse.Namespace, console: Console) -> int:
     for kind, package in extraction.PACKAGES.items():
         if kind not in kinds and options.only is None:
             console.print(f"{options.python} has no {package}, so there will be no {extraction.FOLDERS[kind]}/")
+    if not kinds:
+        raise extraction.ExtractionError(f"{options.python} has neither package; `make descriptors-env` installs both")
     if "audio" in kinds:
         console.print(extraction.OPENSMILE_LICENCE)
     jobs = extraction.find_jobs(options.source, options.target, kinds)

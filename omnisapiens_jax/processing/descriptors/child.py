@@ -138,7 +138,7 @@ def sound_track(source: str) -> np.ndarray:
     import av.error
 
     try:
-        with av.open(source, options={"protocol_whitelist": "file"}) as container:
+        with av.open(source, options={"protocol_whitelist": "file"}, metadata_errors="replace") as container:
             if not container.streams.audio:
                 raise Nothing("it has no sound track")
             convert = av.AudioResampler(format="s16", layout="mono", rate=SOUND_TRACK_RATE)

@@ -227,6 +227,9 @@ def test_the_command_line_says_what_became_of_the_files(
     assert "is not a folder" in capsys.readouterr().err
     assert main([str(python.parent / "library"), str(target)]) == 1
     assert "holds no media" in capsys.readouterr().err
+    (python.parent / "library" / "opensmile.py").unlink()
+    assert main([str(source), str(target)]) == 1
+    assert "has neither package; `make descriptors-env`" in capsys.readouterr().err
 
 
 def test_the_sound_of_a_video_is_described_too(tmp_path: Path, python: Path) -> None:
