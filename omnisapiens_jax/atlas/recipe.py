@@ -84,10 +84,15 @@ class Recipe:
     def build(self, sample: Sample, excess: int = 0, replaced: list[SampleError] | None = None) -> Example:
         """The example of a sample, its transcript shortened by the `excess` tokens that `measure` found; `replaced` as there.
 
+        It knows its head and its class, as the scheme has them.
+
         Raises:
             SampleError: the row cannot be used.
         """
-        return self._guarded(sample, build_example, self._shortened(sample, excess), replaced)
+        self.scheme.check(sample)
+        example = self._guarded(sample, build_example, self._shortened(sample, excess), replaced)
+        domain, label = self.scheme.place(sample.dataset, sample.answer)
+        return dataclasses.replace(example, domain=domain, label=label)
 
     def _shortened(self, sample: Sample, excess: int) -> str:
         problem = shorten_transcript(sample.problem, excess, self.tokenizer.encode)

@@ -22,7 +22,7 @@ STAND_IN_SAMPLES = SAMPLE_RATE // 2  # of silence, for a clip that cannot be dec
 STAND_IN_SIDE = 224  # pixels of a black picture, for one that cannot
 TEXT, AUDIO, VISION = 0, 1, 2  # kinds in Example.media
 
-PER_SAMPLE = ("prompt_length", "rope_delta", "row_mask")  # what a batch says of samples, not of tokens or media
+PER_SAMPLE = ("prompt_length", "rope_delta", "row_mask", "domain", "label")  # what a batch says of samples, not of tokens or media
 
 Batch = dict[str, np.ndarray]
 _T = TypeVar("_T")
@@ -84,6 +84,8 @@ class Example:
     patch_coords: np.ndarray  # [F, W, P, 2] int32: row, column
     media: np.ndarray  # [T] int32: TEXT, AUDIO or VISION
     media_slot: np.ndarray  # [T, 3] int32: audio (i, 0, 0); vision (frame, window, cell)
+    domain: int = -1  # the head that classifies this row, -1 for none (a free-form answer)
+    label: int = -1  # its class among those of all heads, -1 for none
 
     def size(self) -> Bucket:
         """The smallest bucket that holds this row."""
@@ -205,8 +207,8 @@ def collate_packed(rows: Sequence[Sequence[Example | None]], bucket: Bucket, con
     """As `collate`, with up to S = `bucket.segments` examples in each row, one after the other.
 
     Example s of a row has the number s + 1 in `segment_ids` `[B, T]`, and its own positions, from 0; the media of a row lie behind each
-    other as its examples do. `prompt_length`, `rope_delta` and `row_mask` are `[B, S]`; None leaves a place in them unused. Raises
-    ValueError for a row that does not fit.
+    other as its examples do. What is said of samples (`PER_SAMPLE`) is `[B, S]`; None leaves a place unused, its `domain` and `label` -1.
+    Raises ValueError for a row that does not fit.
     """
     count, (t, a, na, f, w, p, s) = len(rows), dataclasses.astuple(bucket)
     vision, audio = config.vision, config.audio
@@ -231,6 +233,8 @@ def collate_packed(rows: Sequence[Sequence[Example | None]], bucket: Bucket, con
         "patch_mask": np.zeros((count, f, w, p), bool),
         "patch_coords": np.zeros((count, f, w, p, 2), np.int32),
         "row_mask": np.zeros((count, s), bool),
+        "domain": np.full((count, s), -1, np.int32),
+        "label": np.full((count, s), -1, np.int32),
     }
     for row, examples in enumerate(rows):
         size = Bucket.together(example.size() for example in examples if example is not None)
@@ -247,6 +251,7 @@ def collate_packed(rows: Sequence[Sequence[Example | None]], bucket: Bucket, con
             batch["positions"][row, :, own] = example.positions
             batch["prompt_length"][row, segment], batch["rope_delta"][row, segment] = example.prompt_length, example.rope_delta
             batch["row_mask"][row, segment] = True
+            batch["domain"][row, segment], batch["label"][row, segment] = example.domain, example.label
             slot = example.media_slot
             seen = na + ((frame + slot[:, 0]) * w + slot[:, 1]) * (p // vision.cell_patches) + slot[:, 2]
             batch["media_index"][row, own] = np.select([example.media == AUDIO, example.media == VISION], [sound + slot[:, 0], seen], -1)

@@ -2,19 +2,21 @@
 
 import dataclasses
 import itertools
+import shutil
 from typing import Any
 
 import numpy as np
 import pytest
 
 from omnisapiens_jax.atlas.bucketing import SlotCost, choose_buckets, choose_row
+from omnisapiens_jax.atlas.labels import HBA
 from omnisapiens_jax.atlas.lengths import length_index
 from omnisapiens_jax.atlas.pipeline import Pipeline, PipelineConfig
 from omnisapiens_jax.atlas.plan import MASKED, PlanConfig, Planner
 from omnisapiens_jax.atlas.recipe import Recipe, target_text
 from omnisapiens_jax.atlas.schema import SampleError
 from omnisapiens_jax.atlas.sources import open_source
-from tests.atlas.toys import CONFIG, recipe, write_atlas
+from tests.atlas.toys import CONFIG, edit_row, recipe, write_atlas
 
 
 @pytest.fixture(scope="module")
@@ -153,6 +155,24 @@ def test_targets_are_trained_and_prompts_are_not(atlas):
     for _, batch in plain.batches(0, 8):
         assert (batch["labels"] == -100).all()
         np.testing.assert_array_equal(batch["prompt_length"], (batch["segment_ids"] > 0).sum(1))
+
+
+@pytest.mark.parametrize("mode", ["mixed", "packed"])
+def test_a_batch_knows_the_head_and_the_class_of_every_sample(atlas, mode, tmp_path):
+    shutil.copytree(atlas.parent, tmp_path, dirs_exist_ok=True)
+    path, seen = tmp_path / atlas.name, set()
+    edit_row(path, 3, dataset="siq2", task="social_qa")
+    source, pipeline = open_source(path), make(path, mode=mode, batch_size=2)
+    for _, batch in pipeline.batches(0, pipeline.planner.steps_per_epoch):
+        assert batch["domain"].dtype == batch["label"].dtype == np.int32
+        for place, i in np.ndenumerate(batch["index"]):
+            domain, label = batch["domain"][place], batch["label"][place]
+            seen.add(i)
+            if i in (MASKED, 3):  # nothing, and a free-form answer
+                assert domain == label == -1
+            else:
+                assert domain == HBA.head(source[i].dataset) and HBA.classes[label] == (HBA.domains[domain].name, source[i].answer)
+    assert seen - {MASKED} == set(range(30))
 
 
 def test_the_target_text(atlas):
