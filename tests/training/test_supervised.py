@@ -98,7 +98,7 @@ def test_a_stage_of_heads_is_a_checkpoint(first: tuple[Path, Any, TrainState, An
     """The thinker it began with, the factors, and heads by their released names."""
     folder, _, state, _ = first
     source, learnt = open_source(folder / "sft"), nnx.to_pure_dict(state.trainable)
-    assert source.kind == "step 6 of a run of ours on a thinker of Hugging Face" and source.part_shapes.heads == (7, 8, 2, 2, 2, 2, 2)
+    assert source.kind.endswith("of a run of ours on a thinker of Hugging Face") and source.part_shapes.heads == (7, 8, 2, 2, 2, 2, 2)
     begin = 0
     for number, count in enumerate(source.part_shapes.heads):
         for what, axis in (("weight", "kernel"), ("bias", "bias")):
@@ -137,7 +137,7 @@ def test_free_form_answers_train_the_lm_head_alone(first: Any, second: tuple[Pat
     assert paths == ["lm_head/kernel"] and {answer.dataset for answer in answers} == {"siq2", "mimeqa"}
     assert all(row["tokens"] > 0 for row in read_metrics(folder / "qa" / "metrics.jsonl"))
     before, after = open_source(first[0] / "sft"), open_source(folder / "qa")
-    assert after.kind.startswith("step 4 of a run of ours on step 6 of a run of ours on") and after.part_shapes == before.part_shapes
+    assert after.kind.count("of a run of ours on") == 2 and after.part_shapes == before.part_shapes
     old, new = tensors(before), tensors(after)
     assert old.keys() == new.keys()
     assert [name for name in old if (old[name] != new[name]).any()] == ["lm_head.weight"]
