@@ -17,8 +17,10 @@ from flax import nnx
 
 from omnisapiens_jax.atlas.faults import BadSamples
 from omnisapiens_jax.atlas.labels import HBA
+from omnisapiens_jax.convert.huggingface import write_thinker
 from omnisapiens_jax.convert.kinds import open_source
 from omnisapiens_jax.convert.source import Source
+from omnisapiens_jax.convert.unfinished import whole_or_nothing
 from omnisapiens_jax.evaluation.evaluate import Answer
 from omnisapiens_jax.parallel.mesh import on_mesh
 from omnisapiens_jax.processing.tensors import ConversionError
@@ -94,8 +96,8 @@ def test_every_sample_with_a_head_is_answered_with_a_label_of_its_domain(first: 
     assert len(json.loads((folder / "evaluation-sft.json").read_text())) == len(answers)
 
 
-def test_a_stage_of_heads_is_a_checkpoint(first: tuple[Path, Any, TrainState, Any], theirs: Path) -> None:
-    """The thinker it began with, the factors, and heads by their released names."""
+def test_a_stage_of_heads_is_a_checkpoint(first: tuple[Path, Any, TrainState, Any], theirs: Path, tmp_path: Path) -> None:
+    """The thinker it began with, the factors, and heads by their released names; as such it is exported."""
     folder, _, state, _ = first
     source, learnt = open_source(folder / "sft"), nnx.to_pure_dict(state.trainable)
     assert source.kind.endswith("of a run of ours on a thinker of Hugging Face") and source.part_shapes.heads == (7, 8, 2, 2, 2, 2, 2)
@@ -111,6 +113,13 @@ def test_a_stage_of_heads_is_a_checkpoint(first: tuple[Path, Any, TrainState, An
     factor = source.lora.factors["model.layers.1.self_attn.q_proj.lora_B.weight"].read()
     np.testing.assert_array_equal(factor, np.asarray(learnt["thinker"]["decoder"]["layers"]["block"]["self_attn"]["q_proj"]["lora_b"])[1].T)
     assert factor.any()
+
+    with whole_or_nothing(tmp_path / "released", None) as (target, journal):
+        write_thinker(source.merged(), target, journal)
+    released = open_source(tmp_path / "released")
+    assert (tmp_path / "released" / "heads.bin").is_file() and released.parts.keys() == source.parts.keys()
+    for name, tensor in source.parts.items():
+        np.testing.assert_array_equal(released.parts[name].read(), tensor.read(), strict=True)
 
 
 def test_heads_go_on_from_those_of_the_weights(first: tuple[Path, Any, TrainState, Any]) -> None:
