@@ -33,7 +33,7 @@ BOUND = 1e-5  # times the largest value of a leaf: float32, sums of a few hundre
 CASES = {  # domain and label of each row; the second row of the first has neither
     "mixed_right": ((1, -1, 4), (9, -1, 20)),  # image and sound, words, video
     "texts_left": ((0, 6, 2), (3, 24, 15)),  # of 22, 10 and 15 tokens, padded on the left
-    "text_only": ((5, 3, 1), (21, 18, 7)),  # the rows of the first, their media not fed (compat.media_inputs)
+    "text_only": ((5, 3, 1), (21, 17, 7)),  # the rows of the first, their media not fed (compat.media_inputs)
 }
 
 WORDS = Bucket(24)  # no places for media: the encoders are not compiled
