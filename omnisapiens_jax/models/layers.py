@@ -27,6 +27,11 @@ _REMAT_POLICIES: dict[Remat, Any] = {
 }
 
 
+def _all_but_slices(primitive: Any, *_: Any, **__: Any) -> bool:
+    """A remat policy: the backward pass takes slices of stacked weights again, or they would be kept, copied, for every layer."""
+    return primitive.name not in ("dynamic_slice", "squeeze")
+
+
 def shard(x: jax.Array, *names: str | None) -> jax.Array:
     """Constrains an activation's layout by logical names; does nothing outside a mesh."""
     return with_logical_constraint(x, names)
@@ -253,6 +258,27 @@ class Stack(nnx.Module):
         if self.remat != "none":
             step = jax.checkpoint(step, policy=_REMAT_POLICIES[self.remat], prevent_cse=False)
         return jax.lax.scan(step, carry, (state, xs), length=self.depth)
+
+    def run_first(self, count: int, body: Callable[[Any, Any], Any], carry: Any) -> Any:
+        """`body(layer, carry) -> carry` over the first `count` layers alone; the others cost nothing, forwards or backwards.
+
+        The layers' weights are read where they lie: a slice of the stack, which a scan would want, is a copy of nearly all weights. Only
+        LoRA factors, which are small and trained, are sliced, so that their gradients need not be added up in a whole stack.
+        """
+        if isinstance(self.block, nnx.List):
+            for layer in list(self.block)[:count]:
+                carry = body(layer, carry)
+            return carry
+        graph, factors, weights = nnx.split(self.block, LoraParam, ...)
+
+        def step(carry: Any, inputs: tuple[jax.Array, nnx.State]) -> tuple[Any, None]:
+            index, own = inputs
+            read = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), weights)
+            return body(nnx.merge(graph, own, read), carry), None
+
+        sliced = jax.tree.map(lambda leaf: leaf[:count], factors)
+        policy = _all_but_slices if self.remat == "none" else _REMAT_POLICIES[self.remat]
+        return jax.lax.scan(jax.checkpoint(step, policy=policy, prevent_cse=False), carry, (jnp.arange(count), sliced), length=count)[0]
 
     def unroll(self) -> None:
         """Replaces the stacked layers by a list of single ones (inference only)."""
