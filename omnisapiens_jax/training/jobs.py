@@ -18,7 +18,10 @@ from jax.sharding import Mesh
 
 from omnisapiens_jax.atlas.faults import Policy
 from omnisapiens_jax.atlas.plan import Index, Mode, PlanConfig
-from omnisapiens_jax.evaluation.evaluate import MODALITIES, Answer, accuracy, answer_all, blank, load_answers, save_answers
+from omnisapiens_jax.evaluation.answers import Answer, accuracy, evaluations, load_answers
+from omnisapiens_jax.evaluation.compare import compare, open_run
+from omnisapiens_jax.evaluation.comparison import write_comparison
+from omnisapiens_jax.evaluation.evaluate import MODALITIES, answer_all
 from omnisapiens_jax.evaluation.report import write_report
 from omnisapiens_jax.generation.sampling import Generator, Sampling
 from omnisapiens_jax.models.layers import Remat
@@ -29,7 +32,7 @@ from omnisapiens_jax.rl.rewards import RewardConfig
 from omnisapiens_jax.rl.similarity import Similarity
 from omnisapiens_jax.training import rl, sft
 from omnisapiens_jax.training.data import QUARANTINE, Atlas, Rows, Split
-from omnisapiens_jax.training.journal import Compilations, console, progress, read_metrics
+from omnisapiens_jax.training.journal import Bar, Compilations, console, read_metrics
 from omnisapiens_jax.training.state import TrainState, create_state, make_optimizer, make_thinker, parameters, thinker_config
 
 
@@ -89,23 +92,37 @@ class Run:
         )
 
     def evaluate(self, name: str, state: TrainState, split: Split, without: str = "") -> list[Answer]:
-        """Greedy answers to the held-out split, one modality taken out or none; kept in `evaluation-NAME.json`, and made only once."""
+        """Greedy answers to the held-out split, one modality taken out or none; kept in `evaluation-NAME.json`, and made only once.
+
+        A run that was killed meanwhile goes on with the first batch that it lacks.
+        """
         path = self.workdir / f"evaluation-{name}.json"
         if not path.exists():
-            generator, steps = self.greedy, split.steps_per_epoch
-            batches = (batch for _, batch in progress(split.pipeline.batches(0, steps), f"evaluating {name}", total=steps))
-            if without not in ("", "text"):
-                batches = (blank(batch, without) for batch in batches)
+            generator, pipeline = self.greedy, split.pipeline
             view = generator.view(parameters(state))
-            answers = answer_all(generator, view, batches, split.source, self.atlas.tokenizer, self.mesh)
+            with Bar(f"evaluating {name}", total=split.steps_per_epoch) as bar:
+                answers = answer_all(
+                    generator, view, pipeline, split.source, self.atlas.tokenizer, self.mesh, path, without=without, progress=bar.reach
+                )
             split.tell_faults()
-            if jax.process_index() == 0:
-                save_answers(path, answers)
         else:
             answers = load_answers(path)
         bad = f"; {len(split.source) - len(answers)} rows could not be used" if len(answers) < len(split.source) else ""
         console.print(f"held-out accuracy {name}: {accuracy(answers):.3f} on {len(answers)} samples{bad}")
         return answers
+
+    def ablations(self, name: str, state: TrainState, held_out: Split) -> None:
+        """Evaluates once more without each of the modalities that are to be blanked."""
+        for modality in self.config.blanked:
+            split = self.held_out(transcripts=False) if modality == "text" else held_out
+            self.evaluate(f"{name}-without-{modality}", state, split, modality)
+
+    def compare(self) -> None:
+        """Writes `comparison.html`, with the tables of the evaluation and of what it becomes without a modality."""
+        if jax.process_index() == 0:
+            found = compare([open_run(f"{name}={path}") for name, path in evaluations(self.workdir).items()])
+            path = write_comparison(self.workdir, found, source=self.atlas.source(self.config.atlas.test))
+            console.print(f"The tables are in {path.absolute()}, and as .md and .json beside it", soft_wrap=True)
 
     def report(self) -> None:
         """Writes `report.html`."""
@@ -155,9 +172,7 @@ def _rl(run: Run, state: TrainState) -> None:
     )
     prompts.tell_faults()
     run.evaluate("after", state, held_out)
-    for modality in config.blanked:
-        split = run.held_out(transcripts=False) if modality == "text" else held_out
-        run.evaluate(f"after-without-{modality}", state, split, modality)
+    run.ablations("after", state, held_out)
     run.report()
 
 
@@ -167,7 +182,14 @@ def _sft(run: Run, state: TrainState) -> None:
     run.report()
 
 
-JOBS: dict[str, Callable[[Run, TrainState], None]] = {"rl": _rl, "sft": _sft}
+def _evaluate(run: Run, state: TrainState) -> None:
+    held_out = run.held_out()
+    run.evaluate("checkpoint", state, held_out)
+    run.ablations("checkpoint", state, held_out)
+    run.compare()
+
+
+JOBS: dict[str, Callable[[Run, TrainState], None]] = {"rl": _rl, "sft": _sft, "evaluate": _evaluate}
 
 
 def check(config: ml_collections.ConfigDict, mesh: Mesh) -> None:
@@ -209,6 +231,8 @@ def check(config: ml_collections.ConfigDict, mesh: Mesh) -> None:
                 f"config.{name} {rows} does not divide over the {updates} updates it is cut into and, in each, the {ways} ways of the mesh "
                 f"(data x fsdp) or the {parts} micro-batches: make it a multiple of {updates * math.lcm(ways, parts)}"
             )
+    if config.job == "evaluate" and not config.model.weights:
+        raise ValueError("config.model.weights is empty, so there is nothing to evaluate: name a checkpoint, or a run's stage such as runs/rl/rl")
     PlanConfig(batch_size=1, **config.atlas.training)
     if "rl" in config:
         if config.atlas.batches == "packed":

@@ -67,9 +67,9 @@ def test_evaluation(at: world.World, tmp_path: Path) -> None:
     split = run.atlas.split(at.config.atlas.test, batch_size=8, target=False, shuffle=False)
     generator = run.generator(1, 0.0)
     view, counts = generator.view(parameters(world.world(at.config).state)), []
-    for _ in range(2):
-        batches = (batch for _, batch in split.pipeline.batches(0, split.steps_per_epoch))
-        answers = answer_all(generator, view, batches, split.source, run.atlas.tokenizer, at.mesh)
+    for i in range(2):
+        path = tmp_path / f"evaluation-{i}.json"
+        answers = answer_all(generator, view, split.pipeline, split.source, run.atlas.tokenizer, at.mesh, path)
         counts.append(Compilations.count)
     assert [answer.id for answer in answers] == list(range(31))
     assert counts[0] == counts[1]
