@@ -4,8 +4,8 @@
     python -m omnisapiens_jax.evaluation judge RUN --with openai|anthropic|embedding|f1|exact [--out FILE]
     python -m omnisapiens_jax.evaluation export RUN FILE --as classes|texts|qa
 
-RUN is the folder of a run, a file `evaluation-NAME.json`, or a prediction file of the original (heads, policies, free-form answers); NAME=RUN
-gives it a name. The later runs are tested against the first.
+RUN is the folder of a run, a file `evaluation-NAME.json`, or a prediction file of the original (heads, policies, free-form answers);
+NAME=RUN gives it a name. The later runs are tested against the first.
 """
 
 from __future__ import annotations
@@ -110,7 +110,9 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--any-domain", action="store_true", help='read "neutral" as an emotion everywhere, as the published evaluation did')
     made.add_argument("--groups", type=Path, metavar="FILE", help="JSONL or parquet whose row i says something about row i of the split")
     made.add_argument("--by", nargs="+", metavar="COLUMN", help="its columns to group by")
-    made.add_argument("--atlas", type=Path, metavar="SPLIT", help="the split that was answered: the page then shows examples with their media")
+    made.add_argument(
+        "--atlas", type=Path, metavar="SPLIT", help="the split that was answered: the page then shows examples with their media"
+    )
     made.add_argument("--resamples", type=int, default=2000, help="of the bootstrap (default: 2000)")
     made.set_defaults(run=_compare)
 

@@ -172,4 +172,3 @@ def _row(answer: Answer) -> dict[str, Any]:
 
 def _answer(row: Mapping[str, Any]) -> Answer:
     return Answer(**{**row, "probabilities": tuple(row.get("probabilities", ()))})
-

@@ -1,4 +1,4 @@
-"""Runs beside each other on the rows that all of them answered: scores of datasets and tasks, their intervals, tests, calibration, groups."""
+"""Runs beside each other on the rows that all of them answered: scores with intervals, tests, calibration, groups."""
 
 from __future__ import annotations
 
@@ -168,22 +168,24 @@ def compare(
 
     scores: dict[str, list[dict[str, np.ndarray]]] = {}  # dataset -> of each run, metric -> [1 + R]
     for name in datasets:
-        own = held[name]
-        own_seed = (seed, [dataset.name for dataset in scheme.datasets].index(name))
+        own, own_seed = held[name], (seed, [dataset.name for dataset in scheme.datasets].index(name))
         if scheme.dataset(name).domain is None:
             exact = np.array([[answer[i].correct for i in own] for answer in answers], float)
             cells, weights = _cells(np.concatenate([exact, right[:, own]]), resamples, own_seed)
-            shares = weights @ cells.T / len(own)
-            scores[name] = [{"accuracy": shares[:, r]} | ({"judge_accuracy": shares[:, len(runs) + r]} if judge else {}) for r in range(len(runs))]
+            matched, verdicts = np.split((weights @ cells.T / len(own)).T, 2)
+            scores[name] = [{"accuracy": a} | ({"judge_accuracy": v} if judge else {}) for a, v in zip(matched, verdicts, strict=True)]
         else:
             cells, weights = _cells(np.concatenate([golds[None, own], predicted[:, own]]), resamples, own_seed)
-            scores[name] = [classification_scores(scheme, name, cells[0], cells[1 + r], weights) for r in range(len(runs))]
+            scores[name] = [classification_scores(scheme, name, cells[0], said, weights) for said in cells[1:]]
 
-    metrics = [{f"{name}/{metric}": _estimate(draws) for name in datasets for metric, draws in scores[name][r].items()} for r in range(len(runs))]
+    metrics: list[dict[str, Estimate]] = [{} for _ in runs]
+    for name, each in scores.items():
+        for own, found in zip(metrics, each, strict=True):
+            own |= {f"{name}/{metric}": _estimate(draws) for metric, draws in found.items()}
     if cls.any():
         cells, weights = _cells(np.concatenate([golds[None, cls], predicted[:, cls]]), resamples, (seed, len(scheme.datasets)))
-        for r, own in enumerate(metrics):
-            counts = weighted_counts(cells[0], cells[1 + r], np.unique(cells[0]).tolist(), weights)
+        for own, said in zip(metrics, cells[1:], strict=True):
+            counts = weighted_counts(cells[0], said, np.unique(cells[0]).tolist(), weights)
             own |= {f"aggregate/{metric}": _estimate(draws) for metric, draws in set_scores(counts).items()}
 
     measured = {name: headline(scheme, name, judged=bool(judge)) for name in datasets}
@@ -193,9 +195,7 @@ def compare(
     for name in datasets:
         members.setdefault(scheme.dataset(name).benchmark, []).append(name)
     means = {task: [np.mean([draws[name][r] for name in own], axis=0) for r in range(len(runs))] for task, own in members.items()}
-    tasks = [
-        _line(task, measured[own[0]], means[task], right[:, [i for name in own for i in held[name]]]) for task, own in members.items()
-    ]
+    tasks = [_line(task, measured[own[0]], means[task], right[:, [i for name in own for i in held[name]]]) for task, own in members.items()]
     overall = [np.mean([own[r] for own in means.values()], axis=0) for r in range(len(runs))]
     tasks.append(_line("mean", "mean of the tasks", overall, right))
 
@@ -282,7 +282,7 @@ def _common(runs: Sequence[Run]) -> tuple[tuple[tuple[Answer, ...], ...], tuple[
             ours, theirs = ((a.dataset, a.gold.strip().lower()) for a in (first[i], table[i]))
             if ours != theirs:
                 raise ValueError(
-                    f"row {i} is {ours[0]} with the answer {ours[1]!r} in {runs[0].name}, but {theirs[0]} with {theirs[1]!r} in {run.name}: "
+                    f"row {i} is {ours[0]} with answer {ours[1]!r} in {runs[0].name}, but {theirs[0]} with {theirs[1]!r} in {run.name}: "
                     "these are answers to different splits, or in different orders"
                 )
     return tuple(tuple(table[i] for i in ids) for table in tables), tuple(len(table) - len(ids) for table in tables)
@@ -349,9 +349,7 @@ def _groups(
     return groups
 
 
-def _group(
-    value: str, own: np.ndarray, answers: tuple[tuple[Answer, ...], ...], right: np.ndarray, resamples: int, seed: int
-) -> Group:
+def _group(value: str, own: np.ndarray, answers: tuple[tuple[Answer, ...], ...], right: np.ndarray, resamples: int, seed: int) -> Group:
     cells, weights = _cells(right[:, own], resamples, (seed,))
     shares = weights @ cells.T / len(own)
     found = [_calibration([answer[i] for i in own], right[r, own]) for r, answer in enumerate(answers)]

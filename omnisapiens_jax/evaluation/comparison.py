@@ -56,7 +56,9 @@ def markdown(found: Comparison) -> str:
         lines = _table(found, rows, known)
         models = list(lines[0]["paper"]) if lines else []
         head = [title, "metric", "n", *found.names, *(f"{name}, unverified" for name in models)]
-        body = [[row["name"], row["metric"], row["count"], *map(_cell, row["scores"]), *map(_score, row["paper"].values())] for row in lines]
+        body = [
+            [row["name"], row["metric"], row["count"], *map(_cell, row["scores"]), *map(_score, row["paper"].values())] for row in lines
+        ]
         parts.append(_lines(head, body))
     for r, name in enumerate(found.names[1:]):
         head = ["task or dataset", f"{name} {MINUS} {found.names[0]}", "better", "worse", "McNemar p"]

@@ -40,7 +40,7 @@ def answer_all(
     without: str = "",
     progress: Callable[[int], None] = lambda done: None,
 ) -> list[Answer]:
-    """Greedy answers to every sample, in the order of their ids; they are in `path` when this returns, and every process returns all of them.
+    """Greedy answers to every sample, in the order of their ids; every process returns all of them, and they are in `path`.
 
     Batch by batch they go to a log beside `path` (`AnswerLog`), so that a run that was killed at any moment asks only for what it lacks.
 

@@ -51,9 +51,13 @@ class Judge(Protocol):
     """`name` says who judges and by what settings: only verdicts of the same name can be compared."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """As above."""
+        ...
 
-    def __call__(self, items: Sequence[Item]) -> list[Verdict | None]: ...
+    def __call__(self, items: Sequence[Item]) -> list[Verdict | None]:
+        """A verdict on each item."""
+        ...
 
 
 class JudgeError(ValueError):
@@ -102,12 +106,12 @@ _GENERAL = (
     "- Wording, length and order do not matter."
 )
 RUBRICS: Mapping[str, str] = {
-    "mimeqa": "- The clips show mime. Be lenient: being in the right area is enough. Objects that are only acted out may be named where they "
-    "fit the scene, but a story that nothing in the reference supports is incorrect.",
-    "siq2": "- The questions are about social situations. The candidate has to mean the same as the reference; being about the same topic is "
-    "not enough.",
-    "intentqa": "- The questions are about why people do something. A plausible intent in the same area is enough, and additions that agree "
-    "with it are allowed, but the core intent of the reference must not be missing.",
+    "mimeqa": "- The clips show mime. Be lenient: being in the right area is enough. Objects that are only acted out may be named where "
+    "they fit the scene, but a story that nothing in the reference supports is incorrect.",
+    "siq2": "- The questions are about social situations. The candidate has to mean the same as the reference; being about the same topic "
+    "is not enough.",
+    "intentqa": "- The questions are about why people do something. A plausible intent in the same area is enough, and additions that "
+    "agree with it are allowed, but the core intent of the reference must not be missing.",
 }
 """What is added for a dataset."""
 

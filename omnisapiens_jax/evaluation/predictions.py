@@ -1,8 +1,8 @@
 """Prediction files of the original, read and written: its classifiers' numbers, its policies' texts, and its lists of free-form answers.
 
-    {"predictions": [7, 3], "ground_truths": [7, 2], "datasets": ["cremad", "mosei_senti"]}        heads: global class indices
-    {"predictions": ["...\\boxed{sad}"], "ground_truths": ["sad"], "datasets": ["cremad"]}          whole responses
-    [{"dataset": "siq2", "pred": "she is shy", "gold": "shyness"}]                                 free-form answers
+{"predictions": [7, 3], "ground_truths": [7, 2], "datasets": ["cremad", "mosei_senti"]}        heads: global class indices
+{"predictions": ["...\\boxed{sad}"], "ground_truths": ["sad"], "datasets": ["cremad"]}          whole responses
+[{"dataset": "siq2", "pred": "she is shy", "gold": "shyness"}]                                 free-form answers
 """
 
 from __future__ import annotations
@@ -59,16 +59,17 @@ def write_predictions(path: Path, answers: Sequence[Answer], form: Form, scheme:
     `classes` has the classification rows as global class indices (-1 for what is no label), `texts` every row with its whole response,
     `qa` the free-form rows, with the question and the verdict if a judge has seen them.
     """
-    cls = [answer for answer in answers if scheme.dataset(answer.dataset).domain is not None]
-    kept = cls if form == "classes" else [a for a in answers if form == "texts" or scheme.dataset(a.dataset).domain is None]
+    free = [scheme.dataset(answer.dataset).domain is None for answer in answers]
+    kept = [answer for answer, is_free in zip(answers, free, strict=True) if form == "texts" or is_free == (form == "qa")]
     if form == "qa":
         content: Any = [_as_free_form(answer) for answer in kept]
-    elif form == "classes":
-        golds = [scheme.index(answer.dataset, answer.gold) for answer in kept]
-        content = dict(zip(_COLUMNS, ([scheme.prediction(a.dataset, a.prediction) for a in kept], golds, [a.dataset for a in kept]), strict=True))
     else:
-        texts = [answer.text or answer.prediction for answer in kept]
-        content = dict(zip(_COLUMNS, (texts, [a.gold for a in kept], [a.dataset for a in kept]), strict=True))
+        if form == "classes":
+            said = [scheme.prediction(answer.dataset, answer.prediction) for answer in kept]
+            golds = [scheme.index(answer.dataset, answer.gold) for answer in kept]
+        else:
+            said, golds = [answer.text or answer.prediction for answer in kept], [answer.gold for answer in kept]
+        content = dict(zip(_COLUMNS, (said, golds, [answer.dataset for answer in kept]), strict=True))
     draft = path.with_suffix(".part")
     draft.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
     draft.replace(path)

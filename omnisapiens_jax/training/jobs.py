@@ -232,7 +232,7 @@ def check(config: ml_collections.ConfigDict, mesh: Mesh) -> None:
                 f"(data x fsdp) or the {parts} micro-batches: make it a multiple of {updates * math.lcm(ways, parts)}"
             )
     if config.job == "evaluate" and not config.model.weights:
-        raise ValueError("config.model.weights is empty, so there is nothing to evaluate: name a checkpoint, or a run's stage such as runs/rl/rl")
+        raise ValueError("config.model.weights is empty: name the checkpoint to evaluate, such as the stage runs/rl/rl of a run")
     PlanConfig(batch_size=1, **config.atlas.training)
     if "rl" in config:
         if config.atlas.batches == "packed":

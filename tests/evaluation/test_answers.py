@@ -39,7 +39,7 @@ def test_answers_come_back_as_they_were(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["evaluation-x.json"]
 
 
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=40)
 @given(cut=st.floats(0, 1))
 def test_a_log_cut_anywhere_loses_at_most_the_batch_it_was_at(cut: float, tmp_path_factory: pytest.TempPathFactory) -> None:
     path = tmp_path_factory.mktemp("log") / "evaluation-x.json"

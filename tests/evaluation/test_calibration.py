@@ -14,8 +14,8 @@ from omnisapiens_jax.evaluation.calibration import reliability
 sure = st.one_of(st.floats(0, 1), st.integers(0, 15).map(lambda k: k / 15))
 
 
-@settings(deadline=None, max_examples=500)
-@given(st.lists(st.tuples(sure, st.booleans()), min_size=1, max_size=60))
+@settings(deadline=None, max_examples=200)
+@given(st.lists(st.tuples(sure, st.booleans()), min_size=1, max_size=20))
 def test_bins_equal_scikit_learns(rows: list[tuple[float, bool]]) -> None:
     confidences, correct = (np.array(column) for column in zip(*rows, strict=True))
     found = reliability(confidences, correct)

@@ -122,7 +122,7 @@ def test_rows_that_not_all_runs_answered_are_left_out_and_counted() -> None:
         compare([Run("a", rows[:5]), Run("b", rows[5:])])
     with pytest.raises(ValueError, match="a: 1 rows come twice"):
         compare([Run("a", (*rows, rows[0]))])
-    with pytest.raises(ValueError, match="row 0 is cremad with the answer 'sad' in a, but cremad with 'fear' in b: .*different orders"):
+    with pytest.raises(ValueError, match="row 0 is cremad with answer 'sad' in a, but cremad with 'fear' in b: .*different orders"):
         compare([Run("a", rows), Run("b", (dataclasses.replace(rows[0], gold="fear"), *rows[1:]))])
     with pytest.raises(ValueError, match="different names"):
         compare([Run("a", rows), Run("a", rows)])

@@ -63,7 +63,7 @@ def test_golden_binary_and_aggregate():
     close(set_metrics(golds, predictions), weighted_f1=0.471014, macro_f1=0.458333, micro_f1=0.478261)
 
 
-def prediction_sets(golds: range, predictions: range, most: int = 40) -> st.SearchStrategy[tuple[np.ndarray, np.ndarray]]:
+def prediction_sets(golds: range, predictions: range, most: int = 15) -> st.SearchStrategy[tuple[np.ndarray, np.ndarray]]:
     """Golds and predictions `[N]` of a random size, N >= 1."""
     return st.integers(1, most).flatmap(
         lambda n: st.tuples(*(st.lists(st.sampled_from(kinds), min_size=n, max_size=n).map(np.array) for kinds in (golds, predictions)))
