@@ -132,6 +132,7 @@ PRICES: Mapping[str, tuple[float, float]] = {MODELS["openai"]: (0.05, 0.40), MOD
 _KEYS = {"openai": "OPENAI_API_KEY", "anthropic": "ANTHROPIC_API_KEY"}
 _TOKENS = 2048  # of a reply
 _HOPELESS = (401, 403, 404)  # asking again, or about something else, changes nothing
+_PATIENCE = 4  # times the concurrency: items in a row without a verdict, after which there is no use in going on
 _REPEATED = (408, 409, 429)  # and 500 and above: what the libraries ask again after
 
 
@@ -197,12 +198,13 @@ class Language:
         self._ask = {"openai": self._ask_openai, "anthropic": self._ask_anthropic}[service.kind]
         self._kept = _Kept(cache)
         self._lock = threading.Lock()
+        self._in_a_row = 0  # items without a verdict
 
     def __call__(self, items: Sequence[Item]) -> list[Verdict | None]:
         """Verdicts 0 or 1; what one item says is asked once, however often it comes.
 
         Raises:
-            JudgeError: the service refuses the key or does not know the model.
+            JudgeError: the service refuses the key, does not know the model, or has ended.
         """
         asked = list(dict.fromkeys(item for item in items if item.question and self._key(item) not in self._kept))
         with ThreadPoolExecutor(self.service.concurrency, thread_name_prefix="judge") as pool:
@@ -250,22 +252,33 @@ class Language:
             raw = self._ask(rubric, prompt)
             reply, repeated = self._read(raw.parse()), raw.retries_taken
         except self._sdk.APITimeoutError:
-            return self._count({"timed out": 1, "retries": repeated})
+            return self._lost("timed out", repeated)
         except self._sdk.APIConnectionError as reason:
             if not self.counts["replies"]:
                 raise JudgeError(f"{self.service.kind} is not reached at {self._client.base_url} ({reason})") from None
-            return self._count({"not reached": 1, "retries": repeated})
+            return self._lost("not reached", repeated)
         except self._sdk.APIStatusError as reason:
             if reason.status_code in _HOPELESS:
                 raise JudgeError(f"{self.service.kind} refuses to judge with {self.service.model} ({reason})") from None
             final = 400 <= reason.status_code < 500 and reason.status_code not in _REPEATED
-            return self._count({f"refused with status {reason.status_code}": 1, "retries": 0 if final else repeated})
+            return self._lost(f"refused with status {reason.status_code}", 0 if final else repeated)
         except (ValueError, TypeError, AttributeError, IndexError):
-            return self._count({"answered with something else": 1})
+            return self._lost("answered with something else", 0)
         verdict, malformed = _parse(reply.text)
         self._kept.put(self._key(item), verdict, reply.text)
+        self._in_a_row = 0
         counts = {"malformed": int(malformed), "retries": repeated, "tokens in": reply.tokens_in, "tokens out": reply.tokens_out}
         self._count({"replies": 1, **counts})
+
+    def _lost(self, why: str, repeated: int) -> None:
+        """Counts an item without a verdict; so many in a row that the service must have ended are an error."""
+        self._count({why: 1, "retries": repeated})
+        self._in_a_row += 1
+        if self._in_a_row >= _PATIENCE * self.service.concurrency:
+            raise JudgeError(
+                f"{self.service.kind} gave no verdict {self._in_a_row} times in a row, last: {why}. The replies so far are kept: when it "
+                "answers again, the same command goes on"
+            )
 
     def _count(self, counts: Mapping[str, int]) -> None:
         with self._lock:

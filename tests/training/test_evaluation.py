@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +18,7 @@ import pytest
 from omnisapiens_jax.evaluation.answers import Answer, AnswerLog, load_answers
 from omnisapiens_jax.generation.sampling import Generator
 from omnisapiens_jax.parallel.mesh import on_mesh
+from omnisapiens_jax.resources import resource
 from omnisapiens_jax.training import jobs
 from omnisapiens_jax.training.state import create_state
 from tests import checkpoints
@@ -100,3 +106,33 @@ def test_a_checkpoint_is_evaluated_over_eight_devices_as_on_one(tmp_path: Path, 
 
     monkeypatch.setattr(Generator, "__call__", lambda *_: pytest.fail("an answer was asked for again"))
     jobs.run(config, tmp_path / "eight")
+
+
+def start(weights: Path, workdir: Path) -> subprocess.Popen[bytes]:
+    """The real main on one device: eight batches."""
+    settings = {"model.weights": weights, "atlas.path": resource("data/mini"), "mesh.data": 1, "atlas.buckets": 1, "eval_batch": 4}
+    settings |= {"generation.max_tokens": 8, "generation.chunk": 4}
+    command = [sys.executable, "-m", "omnisapiens_jax.main", "--config=evaluate", f"--workdir={workdir}"]
+    with (workdir.parent / f"{workdir.name}.log").open("ab") as log:
+        flags = [f"--config.{name}={value}" for name, value in settings.items()]
+        return subprocess.Popen([*command, *flags], env={**os.environ, "XLA_FLAGS": ""}, stdout=log, stderr=log)
+
+
+@pytest.mark.slow
+def test_a_killed_process_goes_on_to_the_same_answers(tmp_path: Path) -> None:
+    weights = checkpoints.tiny_thinker(tmp_path / "weights")
+    alone, killed = tmp_path / "alone", tmp_path / "killed"
+    log = killed / "evaluation-checkpoint.partial.jsonl"
+    for batches in (1, 4):
+        process = start(weights, killed)
+        while not log.exists() or log.read_bytes().count(b"\n") < 1 + batches:
+            assert process.poll() is None, (tmp_path / "killed.log").read_text()[-3000:]
+            time.sleep(0.001)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+        assert not (killed / "evaluation-checkpoint.json").exists()
+    for workdir in (killed, alone):
+        assert start(weights, workdir).wait() == 0, (tmp_path / f"{workdir.name}.log").read_text()[-3000:]
+        assert (workdir / "comparison.html").exists()
+    wanted = (alone / "evaluation-checkpoint.json").read_bytes()
+    assert (killed / "evaluation-checkpoint.json").read_bytes() == wanted and len(json.loads(wanted)) == 31

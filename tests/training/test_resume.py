@@ -18,7 +18,7 @@ SETTINGS = {
     "mesh.data": 1,
     "atlas.path": str(resource("data/mini")),
     "atlas.buckets": 1,
-    "eval_batch": 8,
+    "eval_batch": 16,
     "generation.max_tokens": 8,
     "warm_start.rows": "third",
     "warm_start.batch_size": 8,
@@ -58,17 +58,6 @@ def kill_after(workdir: Path, stage: str, step: int, **changes: object) -> None:
     assert process.wait() == -signal.SIGKILL
 
 
-def kill_in_evaluation(workdir: Path, name: str) -> None:
-    """SIGKILL as soon as the first batch of an evaluation is answered."""
-    process, path = start(workdir), workdir / f"evaluation-{name}.partial.jsonl"
-    while not path.exists() or path.read_bytes().count(b"\n") < 2:
-        assert process.poll() is None, (workdir.parent / f"{workdir.name}.log").read_text()[-3000:]
-        time.sleep(0.001)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    assert not (workdir / f"evaluation-{name}.json").exists()
-
-
 def metrics(workdir: Path, stage: str) -> list[dict[str, float]]:
     """Every metric but the wall-clock facts, as the file spells them: equal means equal bits."""
     rows = read_metrics(workdir / stage / "metrics.jsonl")
@@ -93,7 +82,6 @@ def test_a_killed_run_goes_on_to_the_same_bits(tmp_path: Path) -> None:
     alone, killed = tmp_path / "alone", tmp_path / "killed"
     finish(alone)
     kill_after(killed, "warm_start", 2)  # after the first checkpoint of the warm start
-    kill_in_evaluation(killed, "before")
     kill_after(killed, "rl", 2)  # between two checkpoints of RL: step 2 is made again
     with (killed / "rl" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 3, "reward": 0.')  # a line that the kill cut off
