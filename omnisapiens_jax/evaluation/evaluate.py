@@ -1,4 +1,4 @@
-"""Greedy answers over a whole split, sharded over the mesh, that go on where a killed run was."""
+"""Answers to a whole split, sharded over the mesh, that go on where a killed run was."""
 
 from __future__ import annotations
 
@@ -28,50 +28,70 @@ from omnisapiens_jax.processing.vision import grey_patches
 MODALITIES = ("text", "audio", "video")  # those that can be blanked
 
 
+Ask = Callable[[nnx.State, dict[str, jax.Array]], list[Answer]]
+"""Parameters and a batch on the mesh in, the answers to its samples (of all processes) out."""
+
+
 def answer_all(
-    generator: Generator,
-    view: nnx.State,
+    ask: Ask,
+    params: nnx.State,
     pipeline: Pipeline,
     source: Source,
-    tokenizer: Tokenizer,
     mesh: Mesh,
     path: Path,
     *,
+    how: str,
     without: str = "",
     progress: Callable[[int], None] = lambda done: None,
 ) -> list[Answer]:
-    """Greedy answers to every sample, in the order of their ids; every process returns all of them, and they are in `path`.
+    """The answers to every sample, in the order of their ids; every process returns all of them, and they are in `path`.
 
     Batch by batch they go to a log beside `path` (`AnswerLog`), so that a run that was killed at any moment asks only for what it lacks.
 
     Args:
-      generator: samples one rollout at temperature 0.
-      view: the parameters, from `generator.view`.
+      ask: answers a batch, such as `greedy` makes it.
+      params: that it does so with.
       pipeline: this process's prompts, whose `index` points into `source`.
       source: the rows.
-      tokenizer: decodes the responses.
-      mesh: what prompts are laid on.
+      mesh: what batches are laid on.
       path: of the finished answers.
+      how: the settings of `ask`; a log of others is refused.
       without: `audio` or `video`, to blank it (`text` is taken out of the samples before there are batches).
       progress: told how many batches are done.
 
     Raises:
-      ValueError: the log in this place is of other rows, other batches or other weights.
+      ValueError: the log in this place is of other rows, batches, settings or weights.
     """
-    plan = _plan(generator, pipeline, source, without, _digest(view, mesh))
+    plan = _plan(pipeline, source, how, without, _digest(params, mesh))
     with AnswerLog(path, plan, writes=jax.process_index() == 0) as log:
         progress(len(log.batches))
         for _, batch in pipeline.batches(len(log.batches), pipeline.planner.steps_per_epoch):
-            on_device = put_batch(batch if without in ("", "text") else blank(batch, without), mesh)
-            responses = generator(view, on_device, rollout_keys(0, 0, on_device["index"], 1))
-            drawn, answers = (responses.tokens, responses.mask, responses.log_probs), []
-            for index, tokens, mask, logs in zip(*all_rows((on_device["index"], *drawn)), strict=True):
-                if index >= 0:
-                    text = decode_response(tokenizer, tokens[0], mask[0])
-                    answers.append(_answer(source[int(index)], text, math.exp(float(logs[0][mask[0]].sum()))))
-            log.append(answers)
+            log.append(ask(params, put_batch(batch if without in ("", "text") else blank(batch, without), mesh)))
             progress(len(log.batches))
         return log.finish()
+
+
+def greedy(generator: Generator, source: Source, tokenizer: Tokenizer) -> Ask:
+    """Answers with the likeliest response to each prompt.
+
+    Args:
+      generator: samples one rollout at temperature 0; the parameters are its `view`.
+      source: the rows that the `index` of a batch points into.
+      tokenizer: decodes the responses.
+    """
+
+    def ask(view: nnx.State, batch: dict[str, jax.Array]) -> list[Answer]:
+        responses = generator(view, batch, rollout_keys(0, 0, batch["index"], 1))
+        answers = []
+        for index, tokens, mask, logs in zip(
+            *all_rows((batch["index"], responses.tokens, responses.mask, responses.log_probs)), strict=True
+        ):
+            if index >= 0:
+                text = decode_response(tokenizer, tokens[0], mask[0])
+                answers.append(_answer(source[int(index)], text, math.exp(float(logs[0][mask[0]].sum()))))
+        return answers
+
+    return ask
 
 
 def decode_response(tokenizer: Tokenizer, tokens: np.ndarray, mask: np.ndarray) -> str:
@@ -114,11 +134,11 @@ def _answer(sample: Sample, text: str, likelihood: float) -> Answer:
     )
 
 
-def _plan(generator: Generator, pipeline: Pipeline, source: Source, without: str, weights: str) -> str:
+def _plan(pipeline: Pipeline, source: Source, how: str, without: str, weights: str) -> str:
     """A digest of all that says what the batches hold and how they are answered."""
     planner = pipeline.planner
     epoch = planner.epoch(0)
-    parts = (source.fingerprint(), without, weights, generator.sampling, [planner.buckets[b] for b in epoch.bucket])
+    parts = (source.fingerprint(), how, without, weights, [planner.buckets[b] for b in epoch.bucket])
     return hashlib.sha256("\n".join(map(repr, parts)).encode() + epoch.ids.astype("<i8").tobytes()).hexdigest()
 
 

@@ -199,6 +199,7 @@ class Language:
         self._kept = _Kept(cache)
         self._lock = threading.Lock()
         self._in_a_row = 0  # items without a verdict
+        self._ended = False
 
     def __call__(self, items: Sequence[Item]) -> list[Verdict | None]:
         """Verdicts 0 or 1; what one item says is asked once, however often it comes.
@@ -245,6 +246,8 @@ class Language:
 
     def _judge(self, item: Item) -> None:
         """Asks and keeps the verdict; without a reply the loss is counted."""
+        if self._ended:
+            return
         rubric = "\n".join(filter(None, (_GENERAL, RUBRICS.get(item.dataset), _FORM)))
         prompt = f"Question: {item.question}\nReference answer: {item.reference}\nCandidate answer: {item.candidate}"
         repeated = self.service.tries - 1
@@ -255,11 +258,11 @@ class Language:
             return self._lost("timed out", repeated)
         except self._sdk.APIConnectionError as reason:
             if not self.counts["replies"]:
-                raise JudgeError(f"{self.service.kind} is not reached at {self._client.base_url} ({reason})") from None
+                raise self._end(f"is not reached at {self._client.base_url} ({reason})") from None
             return self._lost("not reached", repeated)
         except self._sdk.APIStatusError as reason:
             if reason.status_code in _HOPELESS:
-                raise JudgeError(f"{self.service.kind} refuses to judge with {self.service.model} ({reason})") from None
+                raise self._end(f"refuses to judge with {self.service.model} ({reason})") from None
             final = 400 <= reason.status_code < 500 and reason.status_code not in _REPEATED
             return self._lost(f"refused with status {reason.status_code}", 0 if final else repeated)
         except (ValueError, TypeError, AttributeError, IndexError):
@@ -275,10 +278,15 @@ class Language:
         self._count({why: 1, "retries": repeated})
         self._in_a_row += 1
         if self._in_a_row >= _PATIENCE * self.service.concurrency:
-            raise JudgeError(
-                f"{self.service.kind} gave no verdict {self._in_a_row} times in a row, last: {why}. The replies so far are kept: when it "
+            raise self._end(
+                f"gave no verdict {self._in_a_row} times in a row, last: {why}. The replies so far are kept: when it "
                 "answers again, the same command goes on"
             )
+
+    def _end(self, why: str) -> JudgeError:
+        """Nothing more is asked."""
+        self._ended = True
+        return JudgeError(f"{self.service.kind} {why}")
 
     def _count(self, counts: Mapping[str, int]) -> None:
         with self._lock:

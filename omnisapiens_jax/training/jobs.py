@@ -21,7 +21,7 @@ from omnisapiens_jax.atlas.plan import Index, Mode, PlanConfig
 from omnisapiens_jax.evaluation.answers import Answer, accuracy, evaluations, load_answers
 from omnisapiens_jax.evaluation.compare import compare, open_run
 from omnisapiens_jax.evaluation.comparison import write_comparison
-from omnisapiens_jax.evaluation.evaluate import MODALITIES, answer_all
+from omnisapiens_jax.evaluation.evaluate import MODALITIES, answer_all, greedy
 from omnisapiens_jax.evaluation.report import write_report
 from omnisapiens_jax.generation.sampling import Generator, Sampling
 from omnisapiens_jax.models.layers import Remat
@@ -98,12 +98,10 @@ class Run:
         """
         path = self.workdir / f"evaluation-{name}.json"
         if not path.exists():
-            generator, pipeline = self.greedy, split.pipeline
-            view = generator.view(parameters(state))
+            ask, source = greedy(self.greedy, split.source, self.atlas.tokenizer), split.source
+            view, how = self.greedy.view(parameters(state)), repr(self.greedy.sampling)
             with Bar(f"evaluating {name}", total=split.steps_per_epoch) as bar:
-                answers = answer_all(
-                    generator, view, pipeline, split.source, self.atlas.tokenizer, self.mesh, path, without=without, progress=bar.reach
-                )
+                answers = answer_all(ask, view, split.pipeline, source, self.mesh, path, how=how, without=without, progress=bar.reach)
             split.tell_faults()
         else:
             answers = load_answers(path)

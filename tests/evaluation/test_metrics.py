@@ -1,6 +1,7 @@
 """Metrics against the reference's golden values and against scikit-learn."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -70,56 +71,67 @@ def prediction_sets(golds: range, predictions: range, most: int = 15) -> st.Sear
     )
 
 
-THOUSAND = settings(deadline=None, max_examples=1000)
+thousands = pytest.mark.parametrize("examples", [50, pytest.param(1000, marks=pytest.mark.slow)])
 
 
-@THOUSAND
-@given(prediction_sets(range(5), range(-1, 7)))
-def test_averages_equal_scikit_learn_over_the_gold_classes(pair):
-    golds, predictions = pair
-    ours, labels = set_metrics(golds, predictions), np.unique(golds)
-    for average in ("macro", "weighted", "micro"):
-        theirs = sk.precision_recall_fscore_support(golds, predictions, labels=labels, average=average, **UNDEFINED)
-        close(ours, **{f"{average}_{name}": value for name, value in zip(("precision", "recall", "f1"), theirs, strict=False)})
-    assert ours["accuracy"] == pytest.approx(np.mean(golds == predictions))
-    matrix = sk.confusion_matrix(golds, np.where(predictions > 4, -1, predictions), labels=[0, 1, 2, 3, 4, -1])
-    np.testing.assert_array_equal(confusion_matrix(golds, predictions, range(5)), matrix[:5])
-    support = np.bincount(golds)[labels]
-    assert np.average(list(class_f1(golds, predictions).values()), weights=support) == pytest.approx(ours["weighted_f1"])
+def holds(law: Callable[[tuple[np.ndarray, np.ndarray]], None], sets: st.SearchStrategy[tuple[np.ndarray, np.ndarray]], examples: int):
+    """Tries a law on so many random prediction sets."""
+    settings(deadline=None, max_examples=examples)(given(sets)(lambda pair: law(pair)))()
 
 
-@THOUSAND
-@given(prediction_sets(range(7), range(-1, 12)))
-def test_sentiments_equal_scikit_learn_on_what_they_collapse_to(pair):
-    golds, predictions = pair
-    ours = sentiment_metrics(golds, predictions)
-    bounds: dict[int, list[float]] = {7: [0.5, 1.5, 2.5, 3.5, 4.5, 5.5], 5: [0.5, 2.5, 3.5, 5.5], 3: [2.5, 3.5], 2: [3.0]}
-    for count, cuts in bounds.items():
-        rows = golds != 3 if count == 2 else np.ones(len(golds), bool)
-        invalid = (predictions < 0) | (predictions > 6) | ((predictions == 3) & (count == 2))
-        if not rows.any():
-            assert np.isnan(ours["ACC2"]) and np.isnan(ours["F1w2"])
-            continue
-        gold, said = np.digitize(golds, cuts)[rows], np.where(invalid, -1, np.digitize(predictions, cuts))[rows]
-        f1: Any = sk.f1_score(gold, said, labels=np.unique(gold), average="weighted", **UNDEFINED)
-        close(ours, **{f"ACC{count}": sk.accuracy_score(gold, said), f"F1w{count}": f1})
+@thousands
+def test_averages_equal_scikit_learn_over_the_gold_classes(examples):
+    def law(pair):
+        golds, predictions = pair
+        ours, labels = set_metrics(golds, predictions), np.unique(golds)
+        for average in ("macro", "weighted", "micro"):
+            theirs = sk.precision_recall_fscore_support(golds, predictions, labels=labels, average=average, **UNDEFINED)
+            close(ours, **{f"{average}_{name}": value for name, value in zip(("precision", "recall", "f1"), theirs, strict=False)})
+        assert ours["accuracy"] == pytest.approx(np.mean(golds == predictions))
+        matrix = sk.confusion_matrix(golds, np.where(predictions > 4, -1, predictions), labels=[0, 1, 2, 3, 4, -1])
+        np.testing.assert_array_equal(confusion_matrix(golds, predictions, range(5)), matrix[:5])
+        support = np.bincount(golds)[labels]
+        assert np.average(list(class_f1(golds, predictions).values()), weights=support) == pytest.approx(ours["weighted_f1"])
+
+    holds(law, prediction_sets(range(5), range(-1, 7)), examples)
 
 
-@THOUSAND
-@given(prediction_sets(range(7, 15), range(-1, 17)))
-def test_emotion_accuracy_equals_scikit_learns_balanced_accuracy_of_each_class(pair):
-    golds, predictions = pair
-    ours = emotion_accuracy(golds, predictions)
-    assert list(ours) == np.unique(golds).tolist()
-    for c, score in ours.items():
-        if (golds == c).all():
-            theirs: Any = 0.5 * np.mean(predictions == c)
-        else:
-            theirs = sk.balanced_accuracy_score(golds == c, predictions == c)
-        assert score == pytest.approx(theirs)
+@thousands
+def test_sentiments_equal_scikit_learn_on_what_they_collapse_to(examples):
+    def law(pair):
+        golds, predictions = pair
+        ours = sentiment_metrics(golds, predictions)
+        bounds: dict[int, list[float]] = {7: [0.5, 1.5, 2.5, 3.5, 4.5, 5.5], 5: [0.5, 2.5, 3.5, 5.5], 3: [2.5, 3.5], 2: [3.0]}
+        for count, cuts in bounds.items():
+            rows = golds != 3 if count == 2 else np.ones(len(golds), bool)
+            invalid = (predictions < 0) | (predictions > 6) | ((predictions == 3) & (count == 2))
+            if not rows.any():
+                assert np.isnan(ours["ACC2"]) and np.isnan(ours["F1w2"])
+                continue
+            gold, said = np.digitize(golds, cuts)[rows], np.where(invalid, -1, np.digitize(predictions, cuts))[rows]
+            f1: Any = sk.f1_score(gold, said, labels=np.unique(gold), average="weighted", **UNDEFINED)
+            close(ours, **{f"ACC{count}": sk.accuracy_score(gold, said), f"F1w{count}": f1})
+
+    holds(law, prediction_sets(range(7), range(-1, 12)), examples)
 
 
-@settings(deadline=None, max_examples=200)
+@thousands
+def test_emotion_accuracy_equals_scikit_learns_balanced_accuracy_of_each_class(examples):
+    def law(pair):
+        golds, predictions = pair
+        ours = emotion_accuracy(golds, predictions)
+        assert list(ours) == np.unique(golds).tolist()
+        for c, score in ours.items():
+            if (golds == c).all():
+                theirs: Any = 0.5 * np.mean(predictions == c)
+            else:
+                theirs = sk.balanced_accuracy_score(golds == c, predictions == c)
+            assert score == pytest.approx(theirs)
+
+    holds(law, prediction_sets(range(7, 15), range(-1, 17)), examples)
+
+
+@settings(deadline=None, max_examples=60)
 @given(prediction_sets(range(7), range(-1, 9), most=15), st.integers(0, 2**32))
 @pytest.mark.parametrize(("dataset", "first"), [("mosei_senti", 0), ("meld_emotion", 7), ("ptsd_in_the_wild", 15)])
 def test_a_resample_is_measured_as_if_its_rows_stood_there(dataset, first, pair, seed):
