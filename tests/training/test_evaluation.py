@@ -85,6 +85,7 @@ def test_an_evaluation_needs_weights(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_checkpoint_is_evaluated_over_eight_devices_as_on_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "weights").mkdir()
     weights = checkpoints.tiny_thinker(tmp_path / "weights")
     changes = {"atlas__buckets": 1, "model__weights": str(weights), "blanked": ("text", "audio")}
     config = world.config("evaluate", (8, 1, 1), **changes)
@@ -120,6 +121,7 @@ def start(weights: Path, workdir: Path) -> subprocess.Popen[bytes]:
 
 @pytest.mark.slow
 def test_a_killed_process_goes_on_to_the_same_answers(tmp_path: Path) -> None:
+    (tmp_path / "weights").mkdir()
     weights = checkpoints.tiny_thinker(tmp_path / "weights")
     alone, killed = tmp_path / "alone", tmp_path / "killed"
     log = killed / "evaluation-checkpoint.partial.jsonl"
