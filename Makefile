@@ -71,7 +71,7 @@ CONSTRAINED = $$($(PY) -c 'import sys; print("--constraint=constraints.txt" if s
 
 .venv/.test: .venv/.run
 	@echo "Installing the test and lint tools into .venv"
-	@$(PY) $(INSTALL) $(CONSTRAINED) --editable '.[atlas,test,dev,tfds]'
+	@$(PY) $(INSTALL) $(CONSTRAINED) --editable '.[atlas,test,dev,tfds,judge]'
 	@touch $@
 
 # Apache Beam asks for older libraries than the rest is tested with.

@@ -18,7 +18,8 @@ import numpy as np
 from absl import flags, logging
 from ml_collections import ConfigDict
 
-from omnisapiens_jax.evaluation.evaluate import MODALITIES, Answer, load_answers
+from omnisapiens_jax.evaluation.answers import Answer, load_answers
+from omnisapiens_jax.evaluation.evaluate import MODALITIES
 from omnisapiens_jax.evaluation.metrics import Difference, paired_bootstrap
 from omnisapiens_jax.resources import resource
 from omnisapiens_jax.training import jobs

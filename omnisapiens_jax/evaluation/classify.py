@@ -1,42 +1,51 @@
-"""What a classifier's heads say of a whole split."""
+"""What a classifier's heads say."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import jax
+import numpy as np
 from flax import nnx
-from jax.sharding import Mesh
 
 from omnisapiens_jax.atlas.labels import HBA, LabelScheme
 from omnisapiens_jax.atlas.sources import Source
-from omnisapiens_jax.evaluation.evaluate import Answer
-from omnisapiens_jax.parallel.mesh import all_rows, put_batch
-from omnisapiens_jax.processing.example import Batch
+from omnisapiens_jax.evaluation.answers import Answer
+from omnisapiens_jax.evaluation.evaluate import Ask
+from omnisapiens_jax.parallel.mesh import all_rows
 
 Predict = Callable[[nnx.State, dict[str, jax.Array]], jax.Array]
 
 
-def classify_all(
-    predict: Predict, params: nnx.State, batches: Iterable[Batch], source: Source, mesh: Mesh, scheme: LabelScheme = HBA
-) -> list[Answer]:
-    """The label of every sample that has a domain, in the order of their ids; every process returns all of them.
+def by_heads(predict: Predict, source: Source, scheme: LabelScheme = HBA) -> Ask:
+    """Answers with the likeliest label of each sample's domain; samples without one are left out.
 
     Args:
-      predict: compiled: parameters and a batch -> the class of each sample among those of all domains, -1 where it has none, in the
-        shape of the batch's `domain` (`models.classifier.best_class`).
-      params: of the classifier.
-      batches: this process's prompts, one or several a row, whose `index` points into `source`.
-      source: the rows.
-      mesh: everything lies on it.
+      predict: compiled: parameters and a batch, of one sample or several a row -> the probabilities of all classes, `[..., C]` in the shape
+        of the batch's `domain` (`models.classifier.class_probabilities`).
+      source: the rows that the `index` of a batch points into.
       scheme: what the classes are called.
     """
-    answers = []
-    for batch in batches:
-        on_device = put_batch(batch, mesh)
-        index, found = (array.ravel().tolist() for array in all_rows((on_device["index"], predict(params, on_device))))
-        for i, label in zip(index, found, strict=True):
-            if i >= 0 and label >= 0:
-                sample, name = source[i], scheme.classes[label][1]
-                answers.append(Answer(sample.id, sample.dataset, sample.answer, name, name))
-    return sorted(answers, key=lambda answer: answer.id)
+
+    def ask(params: nnx.State, batch: dict[str, jax.Array]) -> list[Answer]:
+        index, found = all_rows((batch["index"], predict(params, batch)))
+        answers = []
+        for i, shares in zip(index.ravel().tolist(), found.reshape(-1, found.shape[-1]), strict=True):
+            if i >= 0 and (sample := source[i]).kind == "cls":
+                classes = scheme.head_classes(scheme.head(sample.dataset))
+                own = shares[classes.start : classes.stop]
+                label = scheme.classes[classes[int(np.argmax(own))]][1]
+                answers.append(
+                    Answer(
+                        sample.id,
+                        sample.dataset,
+                        sample.answer,
+                        label,
+                        "",
+                        signature=sample.modality_signature,
+                        probabilities=tuple(float(share) for share in own),
+                    )
+                )
+        return answers
+
+    return ask

@@ -1,65 +1,111 @@
-"""Greedy answers over a whole split, and what they are worth."""
+"""Answers to a whole split, sharded over the mesh, that go on where a killed run was."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
-from collections.abc import Iterable
+import functools
+import hashlib
+import math
+from collections.abc import Callable
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from omnisapiens_jax.atlas.pipeline import Pipeline
+from omnisapiens_jax.atlas.schema import Sample
 from omnisapiens_jax.atlas.sources import Source
+from omnisapiens_jax.evaluation.answers import Answer, AnswerLog, extract_answer
 from omnisapiens_jax.generation.sampling import Generator, rollout_keys
 from omnisapiens_jax.parallel.mesh import all_rows, put_batch
 from omnisapiens_jax.processing.audio import SILENCE
-from omnisapiens_jax.processing.example import Batch
+from omnisapiens_jax.processing.chat import TAGS, transcript_span
 from omnisapiens_jax.processing.tokenizers import Tokenizer
 from omnisapiens_jax.processing.vision import grey_patches
-from omnisapiens_jax.rl.rewards import RewardConfig, extract_prediction
 
 MODALITIES = ("text", "audio", "video")  # those that can be blanked
 
 
-@dataclasses.dataclass(frozen=True)
-class Answer:
-    """One evaluated sample."""
-
-    id: int
-    dataset: str
-    gold: str
-    prediction: str
-    text: str
-
-    @property
-    def correct(self) -> bool:
-        """Whether the prediction is the gold answer, white space and case aside."""
-        return self.prediction == self.gold.strip().lower()
+Ask = Callable[[nnx.State, dict[str, jax.Array]], list[Answer]]
+"""Parameters and a batch on the mesh in, the answers to its samples (of all processes) out."""
 
 
 def answer_all(
-    generator: Generator, view: nnx.State, batches: Iterable[Batch], source: Source, tokenizer: Tokenizer, mesh: Mesh
+    ask: Ask,
+    params: nnx.State,
+    pipeline: Pipeline,
+    source: Source,
+    mesh: Mesh,
+    path: Path,
+    *,
+    how: str,
+    without: str = "",
+    progress: Callable[[int], None] = lambda done: None,
 ) -> list[Answer]:
-    """Greedy answers to every sample, in the order of their ids; every process returns all of them.
+    """The answers to every sample, in the order of their ids; every process returns all of them, and they are in `path`.
 
-    `generator` samples one rollout at temperature 0; `batches` give this process's prompts, whose `index` points into `source`.
+    Batch by batch they go to a log beside `path` (`AnswerLog`), so that a run that was killed at any moment asks only for what it lacks.
+
+    Args:
+      ask: answers a batch, such as `greedy` makes it.
+      params: that it does so with.
+      pipeline: this process's prompts, whose `index` points into `source`.
+      source: the rows.
+      mesh: what batches are laid on.
+      path: of the finished answers.
+      how: the settings of `ask`; a log of others is refused.
+      without: `audio` or `video`, to blank it (`text` is taken out of the samples before there are batches).
+      progress: told how many batches are done.
+
+    Raises:
+      ValueError: the log in this place is of other rows, batches, settings or weights.
     """
-    answers = []
-    for batch in batches:
-        on_device = put_batch(batch, mesh)
-        responses = generator(view, on_device, rollout_keys(0, 0, on_device["index"], 1))
-        for index, tokens, mask in zip(*all_rows((on_device["index"], responses.tokens, responses.mask)), strict=True):
+    plan = _plan(pipeline, source, how, without, _digest(params, mesh))
+    with AnswerLog(path, plan, writes=jax.process_index() == 0) as log:
+        progress(len(log.batches))
+        for _, batch in pipeline.batches(len(log.batches), pipeline.planner.steps_per_epoch):
+            log.append(ask(params, put_batch(batch if without in ("", "text") else blank(batch, without), mesh)))
+            progress(len(log.batches))
+        return log.finish()
+
+
+def greedy(generator: Generator, source: Source, tokenizer: Tokenizer) -> Ask:
+    """Answers with the likeliest response to each prompt.
+
+    Args:
+      generator: samples one rollout at temperature 0; the parameters are its `view`.
+      source: the rows that the `index` of a batch points into.
+      tokenizer: decodes the responses.
+    """
+
+    def ask(view: nnx.State, batch: dict[str, jax.Array]) -> list[Answer]:
+        responses = generator(view, batch, rollout_keys(0, 0, batch["index"], 1))
+        answers = []
+        for index, tokens, mask, logs in zip(
+            *all_rows((batch["index"], responses.tokens, responses.mask, responses.log_probs)), strict=True
+        ):
             if index >= 0:
-                sample, text = source[int(index)], decode_response(tokenizer, tokens[0], mask[0])
-                answers.append(Answer(sample.id, sample.dataset, sample.answer, extract_prediction(text, RewardConfig()), text))
-    return sorted(answers, key=lambda answer: answer.id)
+                text = decode_response(tokenizer, tokens[0], mask[0])
+                answers.append(_answer(source[int(index)], text, math.exp(float(logs[0][mask[0]].sum()))))
+        return answers
+
+    return ask
 
 
 def decode_response(tokenizer: Tokenizer, tokens: np.ndarray, mask: np.ndarray) -> str:
     """Text of one response, `tokens [R]` up to the end that `mask [R]` shows, special tokens left out."""
     return tokenizer.decode(tokens[mask].tolist())
+
+
+def question_of(problem: str) -> str:
+    """What a free-form problem asks: without the tags of its media and without its transcript."""
+    span = transcript_span(problem)
+    text = problem if span is None else problem[: span[0]].rstrip().removesuffix("Transcript:") + problem[span[1] :]
+    for tag in TAGS.values():
+        text = text.replace(tag, "")
+    return "\n".join(line for line in map(str.strip, text.splitlines()) if line)
 
 
 def blank(batch: dict[str, np.ndarray], modality: str) -> dict[str, np.ndarray]:
@@ -74,18 +120,37 @@ def blank(batch: dict[str, np.ndarray], modality: str) -> dict[str, np.ndarray]:
     raise ValueError(f"cannot blank {modality!r} in a batch: audio or video")
 
 
-def accuracy(answers: list[Answer]) -> float:
-    """Share of correct answers."""
-    return float(np.mean([answer.correct for answer in answers]))
+def _answer(sample: Sample, text: str, likelihood: float) -> Answer:
+    asked = question_of(sample.problem) if sample.kind == "qa" else ""
+    return Answer(
+        sample.id,
+        sample.dataset,
+        sample.answer,
+        extract_answer(text),
+        text,
+        signature=sample.modality_signature,
+        question=asked,
+        likelihood=likelihood,
+    )
 
 
-def save_answers(path: Path, answers: list[Answer]) -> None:
-    """Writes answers as JSON, whole or not at all."""
-    draft = path.with_suffix(".part")
-    draft.write_text(json.dumps([dataclasses.asdict(answer) for answer in answers], indent=1, ensure_ascii=False))
-    draft.replace(path)
+def _plan(pipeline: Pipeline, source: Source, how: str, without: str, weights: str) -> str:
+    """A digest of all that says what the batches hold and how they are answered."""
+    planner = pipeline.planner
+    epoch = planner.epoch(0)
+    parts = (source.fingerprint(), how, without, weights, [planner.buckets[b] for b in epoch.bucket])
+    return hashlib.sha256("\n".join(map(repr, parts)).encode() + epoch.ids.astype("<i8").tobytes()).hexdigest()
 
 
-def load_answers(path: Path) -> list[Answer]:
-    """Reads what `save_answers` wrote."""
-    return [Answer(**row) for row in json.loads(path.read_text())]
+def _digest(view: nnx.State, mesh: Mesh) -> str:
+    """What tells these weights from others: a digest of each leaf's sum as integers, which is the same on every mesh."""
+    return hashlib.sha256(np.asarray(_summed(mesh)(view)).tobytes()).hexdigest()
+
+
+@functools.cache
+def _summed(mesh: Mesh) -> Callable[[nnx.State], jax.Array]:
+    def sums(view: nnx.State) -> jax.Array:
+        bits = [jax.lax.bitcast_convert_type(leaf, f"uint{8 * leaf.dtype.itemsize}") for leaf in jax.tree.leaves(view)]
+        return jnp.stack([jnp.sum(leaf, dtype=jnp.uint32) for leaf in bits])
+
+    return jax.jit(sums, out_shardings=NamedSharding(mesh, PartitionSpec()))

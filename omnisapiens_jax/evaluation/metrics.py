@@ -1,6 +1,9 @@
-"""Classification metrics as the benchmark counts them, and the paired bootstrap. Plain numpy over global class indices.
+"""Classification metrics as the benchmark counts them, and the bootstrap. Plain numpy over global class indices.
 
 A prediction that is no class (index < 0) or is outside the gold answers of its set is simply wrong.
+
+Every metric is a function of counts `[..., C, C + 1]` (row = gold class, column = predicted class, the last one for anything else), so
+that one call measures a set and all its resamples: a resample of N rows matters only by how often it holds each kind of row.
 """
 
 from __future__ import annotations
@@ -9,10 +12,12 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from scipy import stats
 
 from omnisapiens_jax.atlas.labels import LabelScheme
 
 SENTIMENT, EMOTION = "sentiment_intensity", "emotion"
+NO_LABEL = -1  # index of a predicted text that is no label of its dataset's domain
 _COLLAPSED = {7: [0, 1, 2, 3, 4, 5, 6], 5: [0, 1, 1, 2, 3, 3, 4], 3: [0, 0, 0, 1, 2, 2, 2], 2: [0, 0, 0, -1, 1, 1, 1]}
 
 
@@ -22,113 +27,191 @@ def confusion_matrix(golds: np.ndarray, predictions: np.ndarray, classes: Sequen
     Raises ValueError for a gold answer outside `classes`.
     """
     golds, predictions = _paired(golds, predictions)
+    return weighted_counts(golds, predictions, classes, np.ones((1, len(golds)), np.int64))[0]
+
+
+def weighted_counts(golds: np.ndarray, predictions: np.ndarray, classes: Sequence[int], weights: np.ndarray) -> np.ndarray:
+    """Confusion matrices `[R, C, C + 1]` of the rows `[U]`, taken `weights [R, U]` times each; as `confusion_matrix` otherwise."""
     place = {int(c): i for i, c in enumerate(classes)}
     strange = sorted({int(g) for g in golds} - set(place))
     if strange:
         raise ValueError(f"gold classes {strange} are not among {list(classes)}")
-    counts = np.zeros((len(place), len(place) + 1), np.int64)
-    np.add.at(counts, ([place[int(g)] for g in golds], [place.get(int(p), len(place)) for p in predictions]), 1)
-    return counts
+    size = len(place)
+    cells = np.array([place[int(g)] * (size + 1) + place.get(int(p), size) for g, p in zip(golds, predictions, strict=True)])
+    used, which = np.unique(cells, return_inverse=True)
+    counts = np.zeros((len(weights), size * (size + 1)), weights.dtype)
+    for column, cell in enumerate(used):
+        counts[:, cell] = weights[:, which == column].sum(axis=1)
+    return counts.reshape(-1, size, size + 1)
 
 
-def set_metrics(golds: np.ndarray, predictions: np.ndarray) -> dict[str, float]:
-    """Accuracy, macro-, weighted and micro-averaged precision, recall and F1 of one set `[N]`, N >= 1.
+def set_scores(counts: np.ndarray) -> dict[str, np.ndarray]:
+    """Accuracy, macro-, weighted and micro-averaged precision, recall and F1 `[...]` of counts `[..., C, C + 1]`; nan where all are 0.
 
-    The classes are those of the gold answers, so `micro_precision` can exceed `micro_recall`: a prediction outside them is nobody's
-    false positive. `weighted_f1` and `macro_recall` over the gold classes equal scikit-learn's.
+    The classes are those that occur among the gold answers, so `micro_precision` can exceed `micro_recall`: a prediction outside them is
+    nobody's false positive.
     """
-    precision, recall, f1, support = _class_scores(golds, predictions)
-    correct = float((recall * support).sum())
-    claimed = float(np.isin(predictions, np.unique(golds)).sum())
-    micro_precision, micro_recall = correct / claimed if claimed else 0.0, correct / float(support.sum())
-    both = micro_precision + micro_recall
-    weights = support / support.sum()
-    return {
+    precision, recall, f1, support = class_scores(counts)
+    total, present = support.sum(-1), support > 0
+    hits = np.diagonal(counts, axis1=-2, axis2=-1).sum(-1)
+    claimed = (counts[..., :-1].sum(-2) * present).sum(-1)
+    micro_precision, micro_recall = _ratio(hits, claimed), np.where(total > 0, _ratio(hits, total), np.nan)
+    scores = {
         "accuracy": micro_recall,
         "micro_precision": micro_precision,
         "micro_recall": micro_recall,
-        "micro_f1": 2 * micro_precision * micro_recall / both if both else 0.0,
-        **{f"macro_{name}": float(score.mean()) for name, score in (("precision", precision), ("recall", recall), ("f1", f1))},
-        **{f"weighted_{name}": float(score @ weights) for name, score in (("precision", precision), ("recall", recall), ("f1", f1))},
+        "micro_f1": _ratio(2 * micro_precision * micro_recall, micro_precision + micro_recall),
     }
+    for name, score in (("precision", precision), ("recall", recall), ("f1", f1)):
+        scores[f"macro_{name}"] = _ratio((score * present).sum(-1), present.sum(-1))
+        scores[f"weighted_{name}"] = _ratio((score * support).sum(-1), total)
+    return {name: np.where(total > 0, score, np.nan) for name, score in scores.items()}
 
 
-def class_f1(golds: np.ndarray, predictions: np.ndarray) -> dict[int, float]:
-    """F1 of every class that occurs among the gold answers."""
-    _, _, f1, _ = _class_scores(golds, predictions)
-    return {int(c): float(score) for c, score in zip(np.unique(golds), f1, strict=True)}
+def class_scores(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Precision, recall, F1 and support `[..., C]` of each class; what is undefined is 0."""
+    hits, support, claimed = np.diagonal(counts, axis1=-2, axis2=-1), counts.sum(-1), counts[..., :-1].sum(-2)
+    return _ratio(hits, claimed), _ratio(hits, support), _ratio(2 * hits, claimed + support), support
 
 
-def sentiment_metrics(golds: np.ndarray, predictions: np.ndarray) -> dict[str, float]:
-    """`ACC7`, `F1w7` and the same for 5, 3 and 2 classes, from sentiment positions 0 (highly negative) to 6 `[N]`.
+def sentiment_scores(counts: np.ndarray) -> dict[str, np.ndarray]:
+    """`ACC7`, `F1w7` and the same for 5, 3 and 2 classes `[...]`, from counts `[..., 7, 8]` in the order of the sentiments.
 
-    For two classes the rows whose gold is neutral are left out and a neutral prediction is wrong; their metrics are nan if none is left.
+    For two classes the rows whose gold is neutral are left out and a neutral prediction is wrong; nan where no row is left.
     """
-    golds, predictions = _paired(golds, predictions)
     scores = {}
     for count, table in _COLLAPSED.items():
-        lookup = np.array([*table, -1])
-        gold, predicted = lookup[golds], lookup[np.where((predictions >= 0) & (predictions < 7), predictions, 7)]
-        kept = gold >= 0
-        metrics = set_metrics(gold[kept], predicted[kept]) if kept.any() else {"accuracy": np.nan, "weighted_f1": np.nan}
+        to = np.eye(count + 1, dtype=counts.dtype)[[*table, -1]]  # [8, count + 1]; what has no class goes to the last place
+        collapsed = np.einsum("...gp,gh,pq->...hq", counts, to[:-1], to)[..., :-1, :]
+        metrics = set_scores(collapsed)
         scores |= {f"ACC{count}": metrics["accuracy"], f"F1w{count}": metrics["weighted_f1"]}
     return scores
 
 
+def emotion_scores(counts: np.ndarray) -> np.ndarray:
+    """The benchmark's weighted accuracy of every class `[..., C]`: the mean of its recall and of the recall of "not this class".
+
+    Nan for a class without gold answers; the second recall is 0 where there are no other classes.
+    """
+    _, recall, _, support = class_scores(counts)
+    hits, claimed = np.diagonal(counts, axis1=-2, axis2=-1), counts[..., :-1].sum(-2)
+    others = support.sum(-1, keepdims=True) - support
+    rejected = others - (claimed - hits)
+    return np.where(support > 0, 0.5 * (recall + _ratio(rejected, others)), np.nan)
+
+
+def set_metrics(golds: np.ndarray, predictions: np.ndarray) -> dict[str, float]:
+    """`set_scores` of one set `[N]`, N >= 1, over the classes of its gold answers."""
+    counts = confusion_matrix(golds, predictions, np.unique(golds).tolist())
+    return {name: float(score) for name, score in set_scores(counts).items()}
+
+
+def class_f1(golds: np.ndarray, predictions: np.ndarray) -> dict[int, float]:
+    """F1 of every class that occurs among the gold answers `[N]`."""
+    classes = np.unique(golds).tolist()
+    return dict(zip(classes, class_scores(confusion_matrix(golds, predictions, classes))[2].tolist(), strict=True))
+
+
+def sentiment_metrics(golds: np.ndarray, predictions: np.ndarray) -> dict[str, float]:
+    """`sentiment_scores` of one set `[N]` of sentiment positions 0 (highly negative) to 6."""
+    return {name: float(score) for name, score in sentiment_scores(confusion_matrix(golds, predictions, range(7))).items()}
+
+
 def emotion_accuracy(golds: np.ndarray, predictions: np.ndarray) -> dict[int, float]:
-    """The benchmark's weighted accuracy of every gold class: the mean of its recall and of the recall of "not this class"."""
-    golds, predictions = _paired(golds, predictions)
-    scores = {}
-    for c in np.unique(golds).tolist():
-        gold, predicted = golds == c, predictions == c
-        others = float((~predicted[~gold]).mean()) if not gold.all() else 0.0
-        scores[c] = 0.5 * (float(predicted[gold].mean()) + others)
-    return scores
+    """`emotion_scores` of one set `[N]`, of every class that occurs among the gold answers."""
+    classes = np.unique(golds).tolist()
+    return dict(zip(classes, emotion_scores(confusion_matrix(golds, predictions, classes)).tolist(), strict=True))
+
+
+def gold_index(scheme: LabelScheme, dataset: str, text: str, *, any_domain: bool = False) -> int:
+    """Global class index of a gold answer.
+
+    `any_domain` looks it up as the published evaluation of generated answers did: among the labels of all domains, where the last one
+    wins. "neutral" is then always the emotion, and such rows of a sentiment dataset count in none of the sentiment metrics.
+    """
+    index = scheme.index(dataset, text)  # whichever way, it has to be a label of its dataset
+    return scheme.index_any_domain(text) if any_domain else index
+
+
+def predicted_index(scheme: LabelScheme, dataset: str, text: str, *, any_domain: bool = False) -> int:
+    """Global class index of a predicted text, or `NO_LABEL`; `any_domain` as in `gold_index`."""
+    return scheme.index_any_domain(text) if any_domain else scheme.prediction(dataset, text)
+
+
+def classification_scores(
+    scheme: LabelScheme, dataset: str, golds: np.ndarray, predictions: np.ndarray, weights: np.ndarray
+) -> dict[str, np.ndarray]:
+    """Every metric `[R]` of one classification dataset.
+
+    Args:
+        scheme: its labels.
+        dataset: its name.
+        golds: `[U]` global class indices.
+        predictions: `[U]` likewise, anything else for no label.
+        weights: `[R, U]` how often each row counts.
+
+    Returns:
+        Those of `set_scores`; `ACC7` ... `F1w2` of a sentiment dataset; `emotion_weighted_accuracy_mean` and
+        `{label}/emotion_weighted_accuracy` of an emotion dataset; `{label}/class_f1` of every gold label. Where a resample lacks a label,
+        what is that label's own is nan, and averages are over the others.
+    """
+    classes = np.unique(golds).tolist()
+    counts = weighted_counts(golds, predictions, classes, weights)
+    scores = set_scores(counts)
+    labels = [scheme.classes[c][1] for c in classes]
+    domain = scheme.dataset(dataset).domain
+    if domain == SENTIMENT:
+        own = scheme.head_classes(scheme.head(dataset))
+        rows = np.isin(golds, own)
+        scores |= sentiment_scores(weighted_counts(golds[rows], predictions[rows], own, weights[:, rows]))
+    if domain == EMOTION:
+        each = emotion_scores(counts)
+        present = ~np.isnan(each)
+        scores["emotion_weighted_accuracy_mean"] = np.where(present, each, 0).sum(-1) / present.sum(-1)
+        scores |= {f"{label}/emotion_weighted_accuracy": each[:, i] for i, label in enumerate(labels)}
+    _, _, f1, support = class_scores(counts)
+    return scores | {f"{label}/class_f1": np.where(support[:, i] > 0, f1[:, i], np.nan) for i, label in enumerate(labels)}
 
 
 def dataset_metrics(
-    scheme: LabelScheme, datasets: Sequence[str], golds: Sequence[str], predictions: Sequence[str]
+    scheme: LabelScheme, datasets: Sequence[str], golds: Sequence[str], predictions: Sequence[str], *, any_domain: bool = False
 ) -> dict[str, dict[str, float]]:
     """Metrics of each dataset, from answers as text `[N]`, compared without regard to case and surrounding white space.
 
-    A classification dataset gets `set_metrics`, with `sentiment_metrics` or `emotion_weighted_accuracy_mean` where its domain has them,
-    and `class_f1` as `{label}/class_f1`; a free-form one only `accuracy` of exact answers (the benchmark asks a judge instead).
+    A classification dataset gets `classification_scores`; a free-form one only `accuracy` of exact answers (the benchmark asks a judge
+    instead). `any_domain` as in `gold_index`.
     """
     results = {}
     for name in sorted(set(datasets)):
-        rows = [i for i, dataset in enumerate(datasets) if dataset == name]
-        pairs = [(golds[i], predictions[i]) for i in rows]
-        domain = scheme.dataset(name).domain
-        if domain is None:
+        pairs = [(golds[i], predictions[i]) for i, dataset in enumerate(datasets) if dataset == name]
+        if scheme.dataset(name).domain is None:
             results[name] = {"accuracy": float(np.mean([gold.strip().lower() == text.strip().lower() for gold, text in pairs]))}
             continue
-        gold = np.array([scheme.index(name, text) for text, _ in pairs])
-        predicted = np.array([scheme.prediction(name, text) for _, text in pairs])
-        results[name] = set_metrics(gold, predicted)
-        if domain == SENTIMENT:
-            start = scheme.head_classes(scheme.head(name)).start
-            results[name] |= sentiment_metrics(gold - start, np.where(predicted >= 0, predicted - start, -1))
-        if domain == EMOTION:
-            results[name]["emotion_weighted_accuracy_mean"] = float(np.mean(list(emotion_accuracy(gold, predicted).values())))
-        results[name] |= {f"{scheme.classes[c][1]}/class_f1": score for c, score in class_f1(gold, predicted).items()}
+        gold = np.array([gold_index(scheme, name, text, any_domain=any_domain) for text, _ in pairs])
+        predicted = np.array([predicted_index(scheme, name, text, any_domain=any_domain) for _, text in pairs])
+        scores = classification_scores(scheme, name, gold, predicted, np.ones((1, len(pairs)), np.int64))
+        results[name] = {metric: float(score[0]) for metric, score in scores.items()}
     return results
 
 
-def benchmark_scores(scheme: LabelScheme, metrics: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-    """Score of every benchmark task that has datasets in `metrics` (from `dataset_metrics`): the unweighted mean of their metric.
+def headline(scheme: LabelScheme, dataset: str, *, judged: bool) -> str:
+    """The metric that a dataset is scored by: the benchmark's own, or for free-form answers that no judge has seen, exact `accuracy`."""
+    metric = scheme.dataset(dataset).metric
+    return "accuracy" if metric == "judge_accuracy" and not judged else metric
 
-    The metric is the dataset's own (`Dataset.metric`), but exact accuracy for free-form answers, which the benchmark has judged.
-    """
+
+def benchmark_scores(scheme: LabelScheme, metrics: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """Score of every benchmark task that has datasets in `metrics` (from `dataset_metrics`): the unweighted mean of their `headline`."""
     scores: dict[str, list[float]] = {}
     for name, values in metrics.items():
-        dataset = scheme.dataset(name)
-        scores.setdefault(dataset.benchmark, []).append(values["accuracy" if dataset.kind == "qa" else dataset.metric])
+        metric = headline(scheme, name, judged="judge_accuracy" in values)
+        scores.setdefault(scheme.dataset(name).benchmark, []).append(values[metric])
     return {task: float(np.mean(values)) for task, values in sorted(scores.items())}
 
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """A difference of two accuracies on the same samples, with its confidence interval."""
+    """A difference of two scores on the same samples, with its confidence interval."""
 
     mean: float
     low: float
@@ -149,18 +232,40 @@ def paired_bootstrap(
     better, worse, count = int((after & ~before).sum()), int((before & ~after).sum()), len(before)
     shares = np.array([better, worse, count - better - worse]) / count
     draws = np.random.default_rng(seed).multinomial(count, shares, size=resamples)
-    differences = (draws[:, 0] - draws[:, 1]) / count
+    low, high = interval((draws[:, 0] - draws[:, 1]) / count, confidence)
+    return Difference((better - worse) / count, low, high)
+
+
+def resampled(counts: np.ndarray, *, resamples: int, seed: int | Sequence[int]) -> np.ndarray:
+    """How often each kind of row counts, `[1 + R, U]`: first as it is, `counts [U]`, then in R bootstrap resamples of all the rows."""
+    total = int(counts.sum())
+    draws = np.random.default_rng(seed).multinomial(total, counts / total, size=resamples)
+    return np.concatenate([counts[None].astype(np.int64), draws])
+
+
+def interval(draws: np.ndarray, confidence: float = 0.95) -> tuple[float, float]:
+    """The percentile interval of draws `[R]`, those that are nan left out; nan if none is left."""
+    draws = draws[~np.isnan(draws)]
+    if not len(draws):
+        return float("nan"), float("nan")
     tail = (1 - confidence) / 2
-    low, high = np.quantile(differences, [tail, 1 - tail])
-    return Difference((better - worse) / count, float(low), float(high))
+    low, high = np.quantile(draws, [tail, 1 - tail])
+    return float(low), float(high)
 
 
-def _class_scores(golds: np.ndarray, predictions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Precision, recall, F1 and support `[C]` of the gold classes in ascending order; what is undefined is 0."""
-    counts = confusion_matrix(golds, predictions, np.unique(golds).tolist())
-    hits, support, claimed = np.diag(counts[:, :-1]), counts.sum(axis=1), counts[:, :-1].sum(axis=0)
-    precision, recall = hits / np.maximum(claimed, 1), hits / support
-    return precision, recall, 2 * hits / (claimed + support), support
+def mcnemar(before: np.ndarray, after: np.ndarray) -> float:
+    """Two-sided p-value of McNemar's exact test that `after` is right as often as `before`, both `[N]` over the same samples.
+
+    Of graded verdicts it is the sign test: how many got better against how many got worse. 1 when none changed.
+    """
+    before, after = _paired(before, after)
+    better, worse = int((after > before).sum()), int((after < before).sum())
+    return float(stats.binomtest(better, better + worse).pvalue) if better + worse else 1.0
+
+
+def _ratio(upper: np.ndarray, lower: np.ndarray) -> np.ndarray:
+    """The quotient, 0 where the divisor is."""
+    return np.divide(upper, lower, out=np.zeros(np.broadcast(upper, lower).shape), where=np.asarray(lower) != 0)
 
 
 def _paired(first: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -2,32 +2,27 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import jinja2
 import numpy as np
 from markupsafe import Markup
 
 from omnisapiens_jax.atlas.labels import HBA, LabelScheme
 from omnisapiens_jax.atlas.schema import Sample
 from omnisapiens_jax.atlas.sources import Source
-from omnisapiens_jax.evaluation.evaluate import MODALITIES, Answer, accuracy, load_answers
-from omnisapiens_jax.evaluation.metrics import Difference, confusion_matrix, dataset_metrics, paired_bootstrap
+from omnisapiens_jax.evaluation.answers import FINAL, Answer, accuracy, evaluations, load_answers
+from omnisapiens_jax.evaluation.evaluate import MODALITIES
+from omnisapiens_jax.evaluation.metrics import Difference, dataset_metrics, paired_bootstrap
+from omnisapiens_jax.evaluation.pieces import confusions, environment, shown, varied
 from omnisapiens_jax.pages.charts import Line, line_chart, smoothed
-from omnisapiens_jax.pages.embedded import embedded
-from omnisapiens_jax.pages.templates import templates
 from omnisapiens_jax.rl.replay import Rollout, load_rollout
 from omnisapiens_jax.rl.rewards import RewardConfig, extract_prediction
 
-Item = TypeVar("Item")
 Curves = Mapping[str, Sequence[Mapping[str, float]]]  # stage -> lines of its metrics.jsonl
-
-SHOWN = 6  # samples of a gallery
 
 _CHARTS = (
     # (metric, title, what it says, fixed axis)
@@ -50,13 +45,14 @@ def write_report(workdir: Path, curves: Curves, *, test: Source, train: Source, 
       train: the rows that rollouts were sampled for.
       scheme: what datasets and answers may be.
     """
-    found = {path.stem.removeprefix("evaluation-"): load_answers(path) for path in sorted(workdir.glob("evaluation-*.json"))}
-    final = next((found[name] for name in ("after", "generative", "sft", "qa", "before") if name in found), [])
+    found = {name: load_answers(path) for name, path in evaluations(workdir).items()}
+    final = next((found[name] for name in FINAL if name in found), [])
     blanked = [(m, paired(*_common(final, found[name]))) for m in MODALITIES if (name := f"after-without-{m}") in found]
     first = None
     if "before" in found and "after" in found:
         first, final = _common(found["before"], final)
-    page = _environment().get_template("report.html.jinja")
+    sets = [*([("before RL", first)] if first else []), *([("after RL" if first else "held-out", final)] if final else [])]
+    page = environment().get_template("report.html.jinja")
     text = page.render(
         title=workdir.absolute().name,
         config=_flat(json.loads((workdir / "config.json").read_text())),
@@ -69,7 +65,7 @@ def write_report(workdir: Path, curves: Curves, *, test: Source, train: Source, 
         stages=[(name, len(rows), sum(row["time/seconds"] for row in rows)) for name, rows in curves.items() if rows],
         losses=[(name, _loss_chart(rows), _best(rows)) for name, rows in curves.items() if rows and name != "rl"],
         charts=_rl_charts(curves.get("rl", ())),
-        confusions=_confusions(scheme, first, final),
+        confusions=confusions(scheme, sets),
         rollouts=_rollouts(sorted((workdir / "rl" / "rollouts").glob("*.npz")), train),
         galleries=_galleries(first, final, test),
     )
@@ -96,15 +92,6 @@ def _common(before: list[Answer], after: list[Answer]) -> tuple[list[Answer], li
     if not both:
         raise ValueError(f"the two evaluations ({len(before)} and {len(after)} samples) have no sample in common: they cannot be compared")
     return [answer for answer in before if answer.id in both], [answer for answer in after if answer.id in both]
-
-
-def _environment() -> jinja2.Environment:
-    environment = templates(Path(__file__).parent)
-    environment.filters["percent"] = lambda share: f"{100 * share:.1f}"
-    environment.filters["points"] = lambda share: f"{100 * share:+.1f}".replace("-", "\N{MINUS SIGN}")
-    environment.filters["signed"] = lambda number: f"{number:+.2f}".replace("-", "\N{MINUS SIGN}")
-    environment.filters["duration"] = lambda seconds: f"{seconds / 60:.1f} min" if seconds >= 60 else f"{seconds:.0f} s"
-    return environment
 
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
@@ -167,26 +154,6 @@ def _rl_charts(rows: Sequence[Mapping[str, float]]) -> list[tuple[str, str, Mark
     return charts
 
 
-def _confusions(scheme: LabelScheme, first: list[Answer] | None, final: list[Answer]) -> list[dict[str, Any]]:
-    """For each domain: its labels that occur, and counts `[C, C + 1]` with their row shares, before and after."""
-    tables = []
-    for head, domain in enumerate(scheme.domains):
-        own = [i for i, answer in enumerate(final) if scheme.dataset(answer.dataset).domain == domain.name]
-        if not own:
-            continue
-        golds = np.array([scheme.index(final[i].dataset, final[i].gold) for i in own])
-        classes = [c for c in scheme.head_classes(head) if c in golds]
-        matrices = []
-        for title, answers in (("before RL", first), ("after RL" if first else "held-out", final)):
-            if answers:
-                predicted = np.array([scheme.prediction(answers[i].dataset, answers[i].prediction) for i in own])
-                counts = confusion_matrix(golds, predicted, classes)
-                matrices.append((title, counts.tolist(), (counts / counts.sum(axis=1, keepdims=True)).tolist()))
-        labels = [scheme.classes[c][1] for c in classes]
-        tables.append({"name": domain.name.replace("_", " "), "labels": labels, "matrices": matrices, "count": len(own)})
-    return tables
-
-
 def _rollouts(paths: list[Path], train: Source) -> list[dict[str, Any]]:
     """Samples of the last and of the first record, of those that taught something: whose responses earned different rewards."""
     records = []
@@ -195,7 +162,7 @@ def _rollouts(paths: list[Path], train: Source) -> list[dict[str, Any]]:
         live = [g for g in range(len(rollout.golds)) if rollout.row_mask[g].any()]
         telling = [g for g in live if rollout.advantages[g].any()] or live
         samples = {g: train[int(rollout.sample_ids[g])] for g in live}
-        chosen = _varied(telling, [samples[g].dataset for g in telling])
+        chosen = varied(telling, [samples[g].dataset for g in telling])
         records.append({"step": rollout.step, "groups": [_group(rollout, g, samples[g]) for g in chosen]})
     return records
 
@@ -207,7 +174,7 @@ def _group(rollout: Rollout, g: int, sample: Sample) -> dict[str, Any]:
         {"text": text, "times": times[text], "right": extract_prediction(text, RewardConfig()) == gold, "reward": reward, "advantage": gain}
         for text, (reward, gain) in sorted(earned.items(), key=lambda item: -item[1][0])
     ]
-    return {"sample": _shown(sample), "responses": responses}
+    return {"sample": shown(sample), "responses": responses}
 
 
 def _galleries(first: list[Answer] | None, final: list[Answer], test: Source) -> list[dict[str, Any]]:
@@ -222,22 +189,7 @@ def _galleries(first: list[Answer] | None, final: list[Answer], test: Source) ->
         kinds = [(title, [(None, b) for b in final if b.correct == right]) for title, right in (("Right", True), ("Wrong", False))]
     galleries = []
     for title, cases in kinds:
-        chosen = _varied(cases, [after.dataset for _, after in cases])
-        shown = [{"sample": _shown(test[after.id]), "before": before, "after": after} for before, after in chosen]
-        galleries.append({"title": title, "count": len(cases), "cases": shown})
+        chosen = varied(cases, [after.dataset for _, after in cases])
+        cards = [{"sample": shown(test[after.id]), "before": before, "after": after} for before, after in chosen]
+        galleries.append({"title": title, "count": len(cases), "cases": cards})
     return galleries
-
-
-def _varied(items: Sequence[Item], kinds: Iterable[str]) -> list[Item]:
-    """The first `SHOWN` items, taking the kinds in turn."""
-    turns: dict[str, int] = {}
-    order = []
-    for place, kind in enumerate(kinds):
-        turns[kind] = turns.get(kind, 0) + 1
-        order.append((turns[kind], place))
-    return [items[place] for _, place in sorted(order)[:SHOWN]]
-
-
-def _shown(sample: Sample) -> dict[str, Any]:
-    media = [embedded(item) for item in (*sample.videos, *sample.images, *sample.audios)]
-    return {**dataclasses.asdict(dataclasses.replace(sample, videos=(), images=(), audios=())), "media": media}

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from omnisapiens_jax.models.heads import DomainHeads, own_tokens, pool
@@ -32,6 +31,6 @@ class Classifier(nnx.Module):
         return self.heads(self.pooled(batch), batch["domain"])
 
 
-def best_class(classifier: Classifier, batch: Batch) -> jax.Array:
-    """The likeliest class within its domain of each sample, among those of all domains: `[B]` (packed: `[B, S]`); -1 without a domain."""
-    return jnp.where(batch["domain"] >= 0, jnp.argmax(classifier(batch), axis=-1), -1)
+def class_probabilities(classifier: Classifier, batch: Batch) -> jax.Array:
+    """Probabilities `[B, C]` (packed: `[B, S, C]`) of all classes, 0 outside a sample's domain; of a sample without one, all alike."""
+    return jax.nn.softmax(classifier(batch), axis=-1)

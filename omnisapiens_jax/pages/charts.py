@@ -48,8 +48,13 @@ def _decades(low: float, high: float) -> list[float]:
     return [mark for mark in marks if low <= mark <= high]
 
 
-def line_chart(title: str, lines: Sequence[Line], *, bounds: tuple[float, float] | None = None, log: bool = False) -> Markup:
-    """A chart of `lines` over steps. `bounds` fixes the vertical axis, otherwise it holds the data; `log` makes it logarithmic."""
+def line_chart(
+    title: str, lines: Sequence[Line], *, bounds: tuple[float, float] | None = None, log: bool = False, over: str = "steps"
+) -> Markup:
+    """A chart of `lines` over steps, or whatever `over` names (steps are whole numbers).
+
+    `bounds` fixes the vertical axis, otherwise it holds the data; `log` makes it logarithmic.
+    """
     told = "; ".join(f"{line.name} from {line.ys[0]:.3g} to {line.ys[-1]:.3g}" for line in lines if len(line.ys))
     if log:
         lines = [dataclasses.replace(line, ys=[math.log10(v) if v > 0 else math.nan for v in line.ys]) for line in lines]
@@ -64,6 +69,8 @@ def line_chart(title: str, lines: Sequence[Line], *, bounds: tuple[float, float]
         low, high = low - pad, high + pad
     first, last = float(xs.min()), float(xs.max())
     last = last if last > first else first + 1
+    whole = over == "steps"
+    form = ".0f" if whole else ".4g"
 
     def x(value: float) -> float:
         return _LEFT + (value - first) / (last - first) * (_WIDTH - _LEFT - _RIGHT)
@@ -76,15 +83,15 @@ def line_chart(title: str, lines: Sequence[Line], *, bounds: tuple[float, float]
         parts.append(f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y(tick):.1f}" y2="{y(tick):.1f}"/>')
         parts.append(f'<text x="{_LEFT - 6}" y="{y(tick) + 4:.1f}" text-anchor="end">{10**tick if log else tick:.4g}</text>')
     for tick in ticks(first, last, 6):
-        if tick == int(tick):
-            parts.append(f'<text x="{x(tick):.1f}" y="{_HEIGHT - 6}" text-anchor="middle">{tick:.0f}</text>')
+        if tick == int(tick) or not whole:
+            parts.append(f'<text x="{x(tick):.1f}" y="{_HEIGHT - 6}" text-anchor="middle">{tick:{form}}</text>')
     for line in lines:
         points = [(x(a), y(b)) for a, b in zip(line.xs, line.ys, strict=True) if math.isfinite(b)]
         if line.style == "points" or len(points) == 1:
             parts += [f'<circle class="{line.style}" cx="{a:.1f}" cy="{b:.1f}" r="2.5"/>' for a, b in points]
         path = " ".join(f"{a:.1f},{b:.1f}" for a, b in points)
         parts.append(f'<polyline class="{line.style}" points="{path}"/>')
-    label = escape(f"{title} over steps {first:.0f} to {last:.0f}: {told}")
+    label = escape(f"{title} over {over} {first:{form}} to {last:{form}}: {told}")
     return Markup(f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{label}">{"".join(parts)}</svg>')
 
 

@@ -21,11 +21,14 @@ from omnisapiens_jax.atlas.faults import Policy
 from omnisapiens_jax.atlas.labels import HBA
 from omnisapiens_jax.atlas.plan import Index, Mode, PlanConfig
 from omnisapiens_jax.atlas.recipe import Target, lower_answer, target_text
-from omnisapiens_jax.evaluation.classify import Predict, classify_all
-from omnisapiens_jax.evaluation.evaluate import MODALITIES, Answer, accuracy, answer_all, blank, load_answers, save_answers
+from omnisapiens_jax.evaluation.answers import Answer, accuracy, evaluations, load_answers
+from omnisapiens_jax.evaluation.classify import Predict, by_heads
+from omnisapiens_jax.evaluation.compare import compare, open_run
+from omnisapiens_jax.evaluation.comparison import write_comparison
+from omnisapiens_jax.evaluation.evaluate import MODALITIES, answer_all, greedy
 from omnisapiens_jax.evaluation.report import write_report
 from omnisapiens_jax.generation.sampling import Generator, Sampling
-from omnisapiens_jax.models.classifier import best_class
+from omnisapiens_jax.models.classifier import class_probabilities
 from omnisapiens_jax.models.layers import Remat
 from omnisapiens_jax.parallel.mesh import make_mesh, on_mesh
 from omnisapiens_jax.processing.chat import FORMAT_PROMPTS
@@ -34,7 +37,7 @@ from omnisapiens_jax.rl.rewards import RewardConfig
 from omnisapiens_jax.rl.similarity import Similarity
 from omnisapiens_jax.training import rl, sft
 from omnisapiens_jax.training.data import QUARANTINE, Atlas, Rows, Split, rows_of_kind
-from omnisapiens_jax.training.journal import Compilations, console, progress, read_metrics
+from omnisapiens_jax.training.journal import Bar, Compilations, console, read_metrics
 from omnisapiens_jax.training.losses import ANSWERS, CLASSES, Objective
 from omnisapiens_jax.training.state import (
     TrainState,
@@ -115,8 +118,8 @@ class Run:
 
     @functools.cached_property
     def predict(self) -> Predict:
-        """The class that the heads find likeliest; compiled once."""
-        return jax.jit(lambda params, batch: best_class(nnx.merge(self.graph, params), batch))
+        """How likely the heads find each class; compiled once."""
+        return jax.jit(lambda params, batch: class_probabilities(nnx.merge(self.graph, params), batch))
 
     def held_out(self, lesson: Lesson = RESPONSES, *, transcripts: bool = True) -> Split:
         """The prompts of the held-out split that a lesson is for, in its order; without the words of transcripts that are to be blanked."""
@@ -133,27 +136,37 @@ class Run:
     def evaluate(self, name: str, state: TrainState, split: Split, without: str = "") -> list[Answer]:
         """What heads say of the held-out split, or greedy answers to it, one modality taken out or none.
 
-        Kept in `evaluation-NAME.json`, and made only once.
+        Kept in `evaluation-NAME.json`, and made only once. A run that was killed meanwhile goes on with the first batch that it lacks.
         """
         path = self.workdir / f"evaluation-{name}.json"
         if not path.exists():
-            steps = split.steps_per_epoch
-            batches = (batch for _, batch in progress(split.pipeline.batches(0, steps), f"evaluating {name}", total=steps))
-            if without not in ("", "text"):
-                batches = (blank(batch, without) for batch in batches)
+            source = split.source
             if self.config.model.heads:
-                answers = classify_all(self.predict, parameters(state), batches, split.source, self.mesh)
+                ask, view, how = by_heads(self.predict, source), parameters(state), "heads"
             else:
-                view = self.greedy.view(parameters(state))
-                answers = answer_all(self.greedy, view, batches, split.source, self.atlas.tokenizer, self.mesh)
+                ask, view = greedy(self.greedy, source, self.atlas.tokenizer), self.greedy.view(parameters(state))
+                how = repr(self.greedy.sampling)
+            with Bar(f"evaluating {name}", total=split.steps_per_epoch) as bar:
+                answers = answer_all(ask, view, split.pipeline, source, self.mesh, path, how=how, without=without, progress=bar.reach)
             split.tell_faults()
-            if jax.process_index() == 0:
-                save_answers(path, answers)
         else:
             answers = load_answers(path)
         bad = f"; {len(split.pipeline.faults)} rows could not be used" if split.pipeline.faults and not split.zero else ""
         console.print(f"held-out accuracy {name}: {accuracy(answers):.3f} on {len(answers)} samples{bad}")
         return answers
+
+    def ablations(self, name: str, state: TrainState, held_out: Split) -> None:
+        """Evaluates once more without each of the modalities that are to be blanked."""
+        for modality in self.config.blanked:
+            split = self.held_out(transcripts=False) if modality == "text" else held_out
+            self.evaluate(f"{name}-without-{modality}", state, split, modality)
+
+    def compare(self) -> None:
+        """Writes `comparison.html`, with the tables of the evaluation and of what it becomes without a modality."""
+        if jax.process_index() == 0:
+            found = compare([open_run(f"{name}={path}") for name, path in evaluations(self.workdir).items()])
+            path = write_comparison(self.workdir, found, source=self.atlas.source(self.config.atlas.test))
+            console.print(f"The tables are in {path.absolute()}, and as .md and .json beside it", soft_wrap=True)
 
     def report(self) -> None:
         """Writes `report.html`."""
@@ -203,9 +216,7 @@ def _rl(run: Run, state: TrainState) -> None:
     )
     prompts.tell_faults()
     run.evaluate("after", state, held_out)
-    for modality in config.blanked:
-        split = run.held_out(transcripts=False) if modality == "text" else held_out
-        run.evaluate(f"after-without-{modality}", state, split, modality)
+    run.ablations("after", state, held_out)
     run.report()
 
 
@@ -216,10 +227,18 @@ def _supervised(run: Run, state: TrainState, *, lesson: Lesson) -> None:
     run.report()
 
 
+def _evaluate(run: Run, state: TrainState) -> None:
+    held_out = run.held_out()
+    run.evaluate("checkpoint", state, held_out)
+    run.ablations("checkpoint", state, held_out)
+    run.compare()
+
+
 _LESSONS = {"generative": RESPONSES, "sft": LABELS, "qa": FREE_FORM}
 JOBS: dict[str, Callable[[Run, TrainState], None]] = {
     "rl": _rl,
     **{job: functools.partial(_supervised, lesson=lesson) for job, lesson in _LESSONS.items()},
+    "evaluate": _evaluate,
 }
 STAGES = ("warm_start", *_LESSONS, "rl")
 
@@ -263,6 +282,8 @@ def check(config: ml_collections.ConfigDict, mesh: Mesh) -> None:
                 f"config.{name} {rows} does not divide over the {updates} updates it is cut into and, in each, the {ways} ways of the mesh "
                 f"(data x fsdp) or the {parts} micro-batches: make it a multiple of {updates * math.lcm(ways, parts)}"
             )
+    if config.job == "evaluate" and not config.model.weights:
+        raise ValueError("config.model.weights is empty: name the checkpoint to evaluate, such as the stage runs/rl/rl of a run")
     PlanConfig(batch_size=1, **config.atlas.training)
     trainable_filter(config.model)
     heads = tuple(len(domain.labels) for domain in HBA.domains) if config.job == "sft" else ()

@@ -10,7 +10,8 @@ import pytest
 from ml_collections import ConfigDict
 
 from benchmarks import learning
-from omnisapiens_jax.evaluation.evaluate import MODALITIES, Answer, save_answers
+from omnisapiens_jax.evaluation.answers import Answer, save_answers
+from omnisapiens_jax.evaluation.evaluate import MODALITIES
 from omnisapiens_jax.evaluation.metrics import paired_bootstrap
 from omnisapiens_jax.training import jobs
 from tests.training import world

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from omnisapiens_jax.atlas.sources import Source, open_source
-from omnisapiens_jax.evaluation.evaluate import Answer, save_answers
+from omnisapiens_jax.evaluation.answers import Answer, save_answers
 from omnisapiens_jax.evaluation.report import write_report
 from omnisapiens_jax.pages.charts import Line, line_chart, smoothed, ticks
 from omnisapiens_jax.pages.embedded import LARGEST_MEDIUM

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from omnisapiens_jax.atlas.recipe import target_text
-from omnisapiens_jax.evaluation.evaluate import answer_all
+from omnisapiens_jax.evaluation.evaluate import answer_all, greedy
 from omnisapiens_jax.parallel.mesh import on_mesh
 from omnisapiens_jax.training import rl, sft
 from omnisapiens_jax.training.data import Split
@@ -67,10 +67,11 @@ def test_evaluation(at: world.World, tmp_path: Path) -> None:
     run = at.run(tmp_path)
     split = run.atlas.split(at.config.atlas.test, batch_size=8, target=None, shuffle=False)
     generator = run.generator(1, 0.0)
+    ask = greedy(generator, split.source, run.atlas.tokenizer)
     view, counts = generator.view(parameters(world.world(at.config).state)), []
-    for _ in range(2):
-        batches = (batch for _, batch in split.pipeline.batches(0, split.steps_per_epoch))
-        answers = answer_all(generator, view, batches, split.source, run.atlas.tokenizer, at.mesh)
+    for i in range(2):
+        path = tmp_path / f"evaluation-{i}.json"
+        answers = answer_all(ask, view, split.pipeline, split.source, at.mesh, path, how="")
         counts.append(Compilations.count)
     assert [answer.id for answer in answers] == list(range(31))
     assert counts[0] == counts[1]

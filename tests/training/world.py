@@ -24,7 +24,7 @@ from omnisapiens_jax.rl.replay import Rollout
 from omnisapiens_jax.rl.rewards import RewardConfig
 from omnisapiens_jax.training import rl
 from omnisapiens_jax.training.data import Atlas
-from omnisapiens_jax.training.jobs import Run
+from omnisapiens_jax.training.jobs import STAGES, Run
 from omnisapiens_jax.training.state import TrainState, create_state, parameters, thinker_config
 from tests import tiny
 
@@ -42,8 +42,9 @@ def config(job: str = "rl", mesh: Mesh3 = (1, 1, 1), **changes: Any) -> ConfigDi
     made.eval_batch = 8
     made.generation.max_tokens = 8
     made.generation.chunk = 4
-    stage = made.warm_start if job == "rl" else made[job]
-    stage.update({"rows": "all", "batch_size": 8, "steps": 4, "eval_every": 2})
+    stages = [name for name in STAGES if name in made and name != "rl"]
+    for name in stages:
+        made[name].update({"rows": "all", "batch_size": 8, "steps": 4, "eval_every": 2})
     if job == "rl":
         made.rl.update({"rows": "all", "prompts": 8, "rollouts": 2, "steps": 4, "save_every": 2, "record_every": 0})
         made.rl.reward.similarity = 0.0
