@@ -13,7 +13,7 @@ CAVEAT = (
     "and their free-form answers were judged by a language model."
 )
 
-_TASKS = ("EMO", "HUM", "INT", "PTSD", "ANX", "DEP", "SEN", "SAR", "SOC", "NVC")
+_TASKS: tuple[str, ...] = ("EMO", "HUM", "INT", "PTSD", "ANX", "DEP", "SEN", "SAR", "SOC", "NVC")
 
 TASKS: Mapping[str, Mapping[str, float]] = {
     model: dict(zip(_TASKS, scores, strict=True))

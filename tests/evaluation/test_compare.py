@@ -106,7 +106,7 @@ def test_verdicts_count_where_all_runs_have_them_by_the_same_judge() -> None:
     found = compare([Run("a", first), Run("b", lost)], resamples=FEW)
     soc = next(row for row in found.tasks if row.name == "SOC")
     assert (soc.metric, soc.count, found.dropped, found.judge) == ("judge_accuracy", len(free) - 3, 3, "a judge")
-    assert soc.scores[0].value == np.mean([first[i].verdict for i in free[3:]])
+    assert soc.scores[0].value == np.mean([first[i].verdict or 0.0 for i in free[3:]])
     assert found.metrics[0]["siq2/accuracy"].value == 0.0  # no answer matches exactly
     text = markdown(found)
     assert "Free-form answers were judged by a judge; 3 rows that the judge could not decide are left out." in text
@@ -163,7 +163,7 @@ def test_calibration_reads_probabilities_of_heads_and_of_responses() -> None:
     found = compare([Run("generated", rows), Run("heads", heads), Run("silent", silent)], resamples=FEW)
     generated, head, none = found.calibration
     assert generated is not None and head is not None and none is None
-    assert generated.ece == pytest.approx(1 - np.mean([row.likelihood for row in rows])) and head.ece == pytest.approx(0.1)
+    assert generated.ece == pytest.approx(1 - np.mean([row.likelihood or 0.0 for row in rows])) and head.ece == pytest.approx(0.1)
 
 
 def test_the_page_names_the_numbers_and_needs_nothing_else(tmp_path: Path) -> None:

@@ -190,7 +190,7 @@ def test_the_interval_of_any_metric_equals_resampling_the_rows_one_by_one():
     golds = rng.integers(7, 10, 300)
     predictions = np.where(rng.random(300) < 0.6, golds, rng.integers(7, 15, 300))
     (cells, counts), runs = np.unique([golds, predictions], axis=1, return_counts=True), 4000
-    draws = classification_scores(HBA, "meld_emotion", *cells, resampled(counts, resamples=runs, seed=1))
+    draws = classification_scores(HBA, "meld_emotion", cells[0], cells[1], resampled(counts, resamples=runs, seed=1))
     picks = rng.integers(300, size=(runs, 300))
     direct = [sk.f1_score(golds[own], predictions[own], average="macro", labels=[7, 8, 9], **UNDEFINED) for own in picks[:1000]]
     assert draws["macro_f1"][0] == pytest.approx(set_metrics(golds, predictions)["macro_f1"])
