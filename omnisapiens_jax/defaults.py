@@ -22,6 +22,7 @@ COMPAT = {
     "lora_scope": ("named", "suffix"),  # LoRA on whatever ends in the name of a decoder's projection, in the towers too
     "schedule": ("updates", "micro_batches"),  # a schedule that counts micro-batches: a constant rate after 25 updates of warm-up
 }
+SWITCHED = ("feed_media", "system")  # how media are read in that is not in `processing`, because a switch of `compat` says it
 
 
 def base(size: str) -> ConfigDict:
@@ -80,7 +81,7 @@ def base(size: str) -> ConfigDict:
     pixels = 56 * 56 if mini else 147_456
     config.processing = ConfigDict(
         {
-            **dataclasses.asdict(ProcessingConfig()),
+            **{name: value for name, value in dataclasses.asdict(ProcessingConfig()).items() if name not in SWITCHED},
             "video_min_pixels": pixels,
             "video_max_pixels": pixels,
             "format_prompt": "think",  # the name of one in chat.FORMAT_PROMPTS
