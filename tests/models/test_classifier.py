@@ -84,9 +84,9 @@ def batch(config: str, case: str, shape: Bucket | None = None) -> dict[str, jax.
     """The rows of a case, in the shape that all cases share or in another."""
     domain, label = (np.asarray(row, np.int32) for row in CASES[case])
     if case == "text_only":
-        shape, inputs = cases.CONFIGS[config], cases.inputs(config, "mixed_right")
-        rows = [lay_out_words(row, labels, len(row), shape) for row, labels in zip(inputs.tokens, inputs.labels, strict=True)]
-        made = collate(rows, cases.bucket(config), shape)
+        model, inputs = cases.CONFIGS[config], cases.inputs(config, "mixed_right")
+        rows = [lay_out_words(row, labels, len(row), model) for row, labels in zip(inputs.tokens, inputs.labels, strict=True)]
+        made = collate(rows, cases.bucket(config), model)
     else:
         made = cases.batch(config, case, shape=shape)
     return {name: jnp.asarray(value) for name, value in (made | {"domain": domain, "label": label}).items()}
