@@ -1,10 +1,12 @@
 """The Qwen2.5 decoder with TMRoPE: whole rows, prompts with groups of responses behind them, and one decoded token at a time.
 
-All three read the same layers through `DecoderLayer.project` and `DecoderLayer.finish`, so sampler and learner share one forward.
+All three read the same layers through `DecoderLayer.project` and `DecoderLayer.finish`, so sampler and learner share one forward. A row can
+also be taken a part of the way, and something can be put `between` two layers.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -25,6 +27,9 @@ class KeyValue(NamedTuple):
 
 
 Cache = KeyValue | list[KeyValue]  # stacked, or one entry a layer when the stack is unrolled
+# What changes the states `[..., T, D]` that so many layers have made, before the next one reads them.
+Between = Mapping[int, Callable[[jax.Array], jax.Array]]
+_NOTHING: Between = {}
 
 
 class Hidden(NamedTuple):
@@ -110,8 +115,27 @@ class Decoder(nnx.Module):
         hidden, _ = self.prefill(x, positions, segments, keep=False)
         return hidden
 
-    def prefill(self, x: jax.Array, positions: jax.Array, segments: jax.Array, *, keep: bool = True) -> tuple[Hidden, Cache | None]:
+    def through(
+        self, x: jax.Array, positions: jax.Array, segments: jax.Array, *, start: int = 0, stop: int, between: Between = _NOTHING
+    ) -> jax.Array:
+        """States `[B, T, D]` that `stop` layers have made, from those `x` that `start` layers have made; no norm at the end.
+
+        What stands `between` at `start` or `stop` is applied as well.
+        """
+        hidden, _ = self._through(Hidden(x, x), positions, segments, keep=False, start=start, stop=stop, between=between)
+        return hidden.last
+
+    def prefill(
+        self, x: jax.Array, positions: jax.Array, segments: jax.Array, *, keep: bool = True, between: Between = _NOTHING
+    ) -> tuple[Hidden, Cache | None]:
         """As `__call__`, and (when `keep`) every layer's keys and values `[L, B, T, K, H]` (a list of `KeyValue` when unrolled)."""
+        start = Hidden(shard(x, "batch", "length", "act_embed"), x)
+        hidden, kv = self._through(start, positions, segments, keep=keep, start=0, stop=self.config.num_layers, between=between)
+        return Hidden(self.norm(hidden.last), hidden.penultimate), kv
+
+    def _through(
+        self, carry: Hidden, positions: jax.Array, segments: jax.Array, *, keep: bool, start: int, stop: int, between: Between
+    ) -> tuple[Hidden, Cache | None]:
         angles = self.angles(positions)
 
         def body(layer: DecoderLayer, carry: Hidden, _: None) -> tuple[Hidden, KeyValue | None]:
@@ -119,8 +143,25 @@ class Decoder(nnx.Module):
             attended = attend(query, kv.key, kv.value, segments, segments, causal=True).out
             return Hidden(layer.finish(carry.last, attended), carry.last), kv if keep else None
 
-        hidden, kv = self.layers.run(body, Hidden(shard(x, "batch", "length", "act_embed"), x))
-        return Hidden(self.norm(hidden.last), hidden.penultimate), kv
+        return self._run(body, carry, None, lambda carry, change: Hidden(change(carry.last), carry.penultimate), between, start, stop)
+
+    def _run(
+        self, body: Any, carry: Any, xs: Any, changed: Callable[[Any, Any], Any], between: Between, start: int, stop: int
+    ) -> tuple[Any, Any]:
+        """`Stack.run` of layers `start` to `stop - 1`, in as many parts as what stands between them makes of it."""
+        parts = []
+        for depth in sorted({stop, *(depth for depth in between if start <= depth <= stop)}):
+            if depth > start:
+                carry, ys = self.layers.run(body, carry, xs, start=start, stop=depth)
+                parts.append(ys)
+                start = depth
+            if depth in between:
+                carry = changed(carry, between[depth])
+        if len(parts) <= 1:
+            return carry, parts[0] if parts else None
+        if isinstance(parts[0], list):
+            return carry, [y for part in parts for y in part]
+        return carry, jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
 
     def grouped(
         self,
@@ -172,6 +213,7 @@ class Decoder(nnx.Module):
         prompt_segments: jax.Array,
         cache: Cache,
         step: jax.Array,
+        between: Between = _NOTHING,
     ) -> tuple[jax.Array, Cache]:
         """One token of every response; its keys are written into `cache` at `step`, in place when the cache is donated.
 
@@ -182,6 +224,7 @@ class Decoder(nnx.Module):
           prompt_segments: `[B, P]`.
           cache: `[L, B * n, R, K, H]` (a list when unrolled).
           step: scalar index of the token in its response.
+          between: gets the states as `[B, n, D]`.
 
         Returns: normed states `[B, n, D]` and the cache.
         """
@@ -203,7 +246,11 @@ class Decoder(nnx.Module):
 
         depth = self.config.num_layers
         xs = list(zip(prompt_kv, range(depth), strict=True)) if unrolled else (prompt_kv, jnp.arange(depth))
-        (x, cache), _ = self.layers.run(body, (x.reshape(batch * rollouts, 1, width), cache), xs)
+
+        def changed(carry: tuple[jax.Array, Cache], change: Any) -> tuple[jax.Array, Cache]:
+            return change(carry[0].reshape(batch, rollouts, width)).reshape(carry[0].shape), carry[1]
+
+        (x, cache), _ = self._run(body, (x.reshape(batch * rollouts, 1, width), cache), xs, changed, between, 0, depth)
         return self.norm(x).reshape(batch, rollouts, width), cache
 
     def _response_angles(self, positions: jax.Array) -> jax.Array:
