@@ -1,0 +1,327 @@
+"""The BAM job: descriptors read, the frozen thinker run once, a learner trained for each dataset, and its held-out answers."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import jax
+import ml_collections
+import numpy as np
+from flax import nnx
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from omnisapiens_jax import resources
+from omnisapiens_jax.atlas.behaviour import Behaviour, read_behaviour
+from omnisapiens_jax.atlas.labels import HBA
+from omnisapiens_jax.atlas.plan import Index
+from omnisapiens_jax.atlas.recipe import lower_answer
+from omnisapiens_jax.convert.behaviour import write_behaviour
+from omnisapiens_jax.convert.loading import fill_parts
+from omnisapiens_jax.convert.parts import AdapterShape
+from omnisapiens_jax.evaluation.evaluate import Answer, decode_response, load_answers, save_answers
+from omnisapiens_jax.evaluation.metrics import dataset_metrics
+from omnisapiens_jax.generation.sampling import Generator, Sampling, rollout_keys
+from omnisapiens_jax.models.bam import MODALITIES
+from omnisapiens_jax.models.behaviour import BehaviourAttention, BehaviourThinker
+from omnisapiens_jax.models.classifier import Classifier
+from omnisapiens_jax.models.thinker import Thinker
+from omnisapiens_jax.parallel.mesh import all_rows, put_batch, shardings
+from omnisapiens_jax.training import bam
+from omnisapiens_jax.training.bam import Feed, Fixed, Group, Learner, Tail
+from omnisapiens_jax.training.data import Atlas, Split
+from omnisapiens_jax.training.frozen import FrozenStates, encode
+from omnisapiens_jax.training.journal import Bar, console, progress
+from omnisapiens_jax.training.state import open_weights
+
+CONTROLS = ("with", "without", "shuffled")  # descriptors: a sample's own, none, another's
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapting:
+    """What all groups of a run share."""
+
+    config: ml_collections.ConfigDict
+    workdir: Path
+    mesh: Mesh
+    atlas: Atlas
+    graph: nnx.GraphDef
+    params: nnx.State
+
+    @property
+    def settings(self) -> ml_collections.ConfigDict:
+        """`config.bam`."""
+        return self.config.bam
+
+    @property
+    def classifier(self) -> Classifier:
+        """The thinker and its heads."""
+        return nnx.merge(self.graph, self.params)
+
+    def split(self, name: str, datasets: Sequence[str], task: str, ids: np.ndarray | None = None, *, train: bool = False) -> Split:
+        """Rows of some datasets, of the samples `ids` (all): with their answers where these are free text."""
+        size = self.settings.batch_size if train else self.config.eval_batch
+        target = lower_answer if task == "qa" else None
+        return self.atlas.split(name, batch_size=size, target=target, shuffle=train, rows=_rows(datasets, ids))
+
+    def descriptors(self, split: Split) -> Behaviour:
+        """Those of a split's samples."""
+        trailing = self.config.compat.descriptor_padding == "trailing"
+        with Bar(f"descriptors of {split.name}", total=len(split.source), at_once=False) as bar:
+            return read_behaviour(
+                split.source,
+                split.pipeline.planner.index.ids.tolist(),
+                bam.descriptor_config(self.settings, trailing_pad=trailing),
+                cache=resources.cache() / "descriptors",
+                on_error=self.config.atlas.on_error,
+                faults=split.pipeline.faults,
+                progress=lambda done, _: bar.reach(done),
+                share=(jax.process_index(), jax.process_count()),
+                wait=lambda: multihost_utils.sync_global_devices("descriptors") if jax.process_count() > 1 else None,
+            )
+
+
+def adapt(config: ml_collections.ConfigDict, workdir: Path, mesh: Mesh, atlas: Atlas, graph: nnx.GraphDef, params: nnx.State) -> None:
+    """Trains every group that `config.bam.datasets` names, one after the other, on states that are computed once for all of them.
+
+    What each has learnt lies in `workdir/bam/DATASET`: checkpoints, metrics, the parts in the form in which they are released, held-out
+    answers with the descriptors, without any and with another sample's, and `scores.json`.
+
+    Args:
+      config: of the run.
+      workdir: of the run.
+      mesh: everything lies on it.
+      atlas: of the run.
+      graph: structure of the classifier.
+      params: its parameters.
+
+    Raises:
+      ValueError: a dataset that is named has no rows or no descriptors, or the weights do not go with the settings.
+    """
+    run = Adapting(config, workdir, mesh, atlas, graph, params)
+    there = {*atlas.source(config.atlas.train).datasets()}
+    wanted, everything = bam.groups(config.bam), config.bam.datasets == "all"
+    if missing := [group.name for group in wanted if not {*group.datasets} <= there]:
+        if not everything:
+            raise ValueError(f"{config.atlas.train} has no rows of {', '.join(missing)}, which config.bam.datasets names")
+        wanted = [group for group in wanted if group.name not in missing]
+    _check_weights(run, wanted)
+    for task in ("cls", "qa"):
+        if of_task := [group for group in wanted if group.task == task]:
+            _adapt_task(run, task, of_task, everything=everything)
+
+
+def _adapt_task(run: Adapting, task: str, groups: Sequence[Group], *, everything: bool) -> None:
+    """The groups of one task: one pass over the thinker, then one group after the other."""
+    config, thinker = run.config, run.classifier.thinker
+    below, params = nnx.split(thinker)
+    site = bam.site_of(run.settings, groups[0], thinker.config, thinker.decoder.dtype)
+    fixed = Fixed(site, below, params)
+    datasets = [dataset for group in groups for dataset in group.datasets]
+    held_out = run.atlas.split(
+        config.atlas.test, batch_size=config.eval_batch, target=None, shuffle=False, rows=_rows(datasets, None)
+    )  # before the long work: a row that cannot be used is told now
+    splits = [run.split(name, datasets, task) for name in (config.atlas.train, config.atlas.validation)]
+    splits += [held_out] if task == "cls" else []
+    descriptors = [run.descriptors(split) for split in (*splits, *([] if task == "cls" else [held_out]))]
+    states: list[FrozenStates | None] = [None] * 3
+    if run.settings.cached:
+        for place, split in enumerate(splits):
+            again = lambda ids, split=split: run.split(split.name, datasets, task, ids)  # noqa: E731
+            states[place] = encode(site, below, params, split, again, run.mesh, resources.cache() / "states")
+
+    def feed(place: int, datasets: Sequence[str], *, train: bool = False) -> Feed:
+        name = (config.atlas.train, config.atlas.validation, config.atlas.test)[place]
+        kept = states[place]
+        split = run.split(name, datasets, task if place < 2 else "cls", None if kept is None else kept.ids, train=train)
+        return Feed(split, kept, descriptors[place], fixed, run.mesh)
+
+    for group in groups:
+        train = feed(0, group.datasets, train=True)
+        ids = train.split.pipeline.planner.index.ids
+        present = descriptors[0].present(ids)
+        modalities = [modality for modality in MODALITIES if modality in run.settings.modalities and present[modality]]
+        said = ", ".join(f"{present[modality]} with {modality} descriptors" for modality in MODALITIES)
+        console.print(f"{group.name}: {len(ids)} training samples, {said}")
+        if not modalities:
+            if everything:
+                continue
+            raise ValueError(
+                f"{group.name}: none of its {len(ids)} training samples has a descriptor of {' or '.join(run.settings.modalities)}. Make "
+                "them (python -m omnisapiens_jax.processing.descriptors), or leave the dataset out of config.bam.datasets"
+            )
+        learner = _learner(run, group, modalities, lambda: descriptors[0].statistics(ids))  # noqa: B023 - called at once
+        folder = run.workdir / "bam" / group.name
+        if run.settings.epochs:
+            learner = bam.fit(
+                run.settings,
+                config.seed,
+                folder,
+                group,
+                learner,
+                train,
+                feed(1, group.datasets),
+                double_step=config.compat.adapter_steps == "twice",
+            )
+        if jax.process_index() == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_behaviour(folder, learner.behaviour, learner.heads)
+        if task == "cls":
+            _evaluate(run, group, folder, lambda shuffle, learner=learner, group=group: _classes(learner, feed(2, group.datasets), shuffle))
+        else:
+            split = run.atlas.split(
+                config.atlas.test, batch_size=config.eval_batch, target=None, shuffle=False, rows=_rows(group.datasets, None)
+            )
+            _evaluate(run, group, folder, _answering(run, learner, split, descriptors[2]))
+
+
+def _rows(datasets: Sequence[str], ids: np.ndarray | None) -> Callable[[Index], np.ndarray]:
+    def chosen(index: Index) -> np.ndarray:
+        own = np.isin(np.asarray(index.dataset_names)[index.datasets], datasets)
+        return own if ids is None else own & np.isin(index.ids, ids)
+
+    return chosen
+
+
+def _check_weights(run: Adapting, groups: Sequence[Group]) -> None:
+    """Raises ValueError where the parts of the weights that a run begins with are not what its settings want."""
+    settings, weights = run.settings, run.config.model.weights
+    shapes = open_weights(weights).part_shapes if weights else None
+    classified = [group.name for group in groups if group.task == "cls"]
+    if classified and settings.stage == "adapters" and not (shapes and shapes.heads):
+        raise ValueError(
+            f"config.bam.stage adapters leaves the heads as they are, and {weights or 'random weights'} bring none: train them first "
+            "(--config=sft), or choose adapters+heads"
+        )
+    if shapes and shapes.adapters:
+        if len(groups) > 1:
+            raise ValueError(f"{weights} has the adapters of one dataset: name it in config.bam.datasets, not {len(groups)} of them")
+        if settings.kind != "adapter":
+            raise ValueError(f"{weights} has adapters, and config.bam.kind {settings.kind} would leave them out")
+        for modality, found in shapes.adapters.items():
+            if found != (asked := _shape(settings, modality)):
+                raise ValueError(f"{weights} has a {modality} adapter {found}, config.bam asks for {asked}")
+
+
+def _shape(settings: ml_collections.ConfigDict, modality: str) -> AdapterShape:
+    return AdapterShape(bam.FEATURES[modality], settings.hidden[modality], settings.normed)
+
+
+def _learner(run: Adapting, group: Group, modalities: Sequence[str], statistics: Callable[[], dict]) -> Learner:
+    """A new learner on the mesh, with what the weights have of it."""
+    thinker, settings, weights = run.classifier.thinker, run.settings, run.config.model.weights
+    behaviour = bam.make_behaviour(settings, thinker.config, modalities, group.task, nnx.Rngs(run.config.seed + 2))
+    if isinstance(behaviour, BehaviourAttention):
+        bam.set_statistics(behaviour, statistics())
+    elif weights and (kept := open_weights(weights).part_shapes.adapters):
+        if {*kept} != {*modalities}:
+            raise ValueError(f"{weights} has adapters for {', '.join(kept)}, the descriptors of {group.name} are {', '.join(modalities)}")
+        fill_parts(None, behaviour.adapters(), open_weights(weights).parts)
+    learner = Learner(
+        behaviour,
+        nnx.clone(run.classifier.heads) if group.task == "cls" else None,
+        Tail(thinker) if settings.stage == bam.LAST_BLOCK else None,
+    )
+    graph, state = nnx.split(learner)
+    return nnx.merge(graph, jax.device_put(state, shardings(state, run.mesh)))
+
+
+def _evaluate(run: Adapting, group: Group, folder: Path, answer: Callable[[str], list[Answer]]) -> None:
+    """Held-out answers of every control and what they are worth; each is made only once."""
+    scores = {}
+    for control in CONTROLS:
+        path = folder / f"evaluation-{control}.json"
+        if path.exists():
+            answers = load_answers(path)
+        else:
+            answers = answer(control)
+            if jax.process_index() == 0:
+                save_answers(path, answers)
+        columns = ([getattr(one, name) for one in answers] for name in ("dataset", "gold", "prediction"))
+        scores[control] = dataset_metrics(HBA, *columns)
+    if jax.process_index() == 0:
+        (folder / "scores.json").write_text(json.dumps(scores, indent=1))
+    for dataset in group.datasets:
+        metric = "accuracy" if group.task == "qa" else HBA.dataset(dataset).metric
+        if dataset in scores["with"]:
+            told = ", ".join(f"{scores[control][dataset][metric]:.3f} {control}" for control in CONTROLS)
+            console.print(f"{dataset}: held-out {metric} {told} descriptors", soft_wrap=True)
+
+
+def others(ids: np.ndarray, datasets: np.ndarray) -> np.ndarray:
+    """For each of the samples `ids [N]` another one of its dataset (`datasets [N]`), all of them in turn: the control whose descriptors say
+    nothing of the sample. A sample that is alone in its dataset keeps its own."""
+    given = ids.copy()
+    for dataset in np.unique(datasets):
+        own = np.flatnonzero(datasets == dataset)
+        order = np.random.default_rng(0).permutation(own)
+        given[order] = ids[np.roll(order, 1)]
+    return given
+
+
+def _given(split: Split, control: str) -> np.ndarray | None:
+    """Whose descriptors the samples of a split get, -1 for nobody's; None: their own."""
+    index = split.pipeline.planner.index
+    if control == "with":
+        return None
+    return np.full_like(index.ids, -1) if control == "without" else others(index.ids, index.datasets)
+
+
+def _classes(learner: Learner, feed: Feed, control: str) -> list[Answer]:
+    """The likeliest class of every sample."""
+    graph, state = nnx.split(learner)
+    fixed = feed.fixed
+
+    @jax.jit
+    def likeliest(state: nnx.State, params: nnx.State, batch: dict[str, jax.Array]) -> jax.Array:
+        return nnx.merge(graph, state).logits(fixed.site, nnx.merge(fixed.graph, params), batch).argmax(axis=-1)
+
+    answers = []
+    for _, ids, batch in feed.batches(0, feed.split.steps_per_epoch, _given(feed.split, control)):
+        for sample, label in zip(*all_rows((ids, likeliest(state, fixed.params, batch))), strict=True):
+            if sample >= 0:
+                row, name = feed.split.source[int(sample)], HBA.classes[int(label)][1]
+                answers.append(Answer(row.id, row.dataset, row.answer, name, name))
+    return sorted(answers, key=lambda answer: answer.id)
+
+
+def _answering(run: Adapting, learner: Learner, split: Split, descriptors: Behaviour) -> Callable[[str], list[Answer]]:
+    """What answers the prompts of a split greedily, by control."""
+    thinker = run.classifier.thinker
+    if learner.tail is not None:
+        thinker = nnx.clone(thinker)
+        learner.tail.put(thinker)
+    policy = BehaviourThinker(thinker, learner.behaviour)
+    generator = greedy(run.config, policy)
+    view = generator.view(nnx.state(policy))
+
+    def batches(control: str) -> Iterator[dict[str, np.ndarray]]:
+        given = _given(split, control)
+        table = {} if given is None else dict(zip(split.pipeline.planner.index.ids.tolist(), given.tolist(), strict=True))
+        for _, batch in split.pipeline.batches(0, split.steps_per_epoch):
+            ids = np.asarray([table.get(sample, sample) for sample in batch["index"].tolist()], np.int64)
+            yield {**batch, **descriptors.batch(ids)}
+
+    def answer(control: str) -> list[Answer]:
+        answers = []
+        for batch in progress(batches(control), f"answering {control} descriptors", total=split.steps_per_epoch):
+            on_device = put_batch(batch, run.mesh)
+            responses = generator(view, on_device, rollout_keys(0, 0, on_device["index"], 1))
+            for sample, tokens, mask in zip(*all_rows((on_device["index"], responses.tokens, responses.mask)), strict=True):
+                if sample >= 0:
+                    row, text = split.source[int(sample)], decode_response(run.atlas.tokenizer, tokens[0], mask[0])
+                    answers.append(Answer(row.id, row.dataset, row.answer, text.strip().lower(), text))
+        return sorted(answers, key=lambda answer: answer.id)
+
+    return answer
+
+
+def greedy(config: ml_collections.ConfigDict, policy: BehaviourThinker | Thinker) -> Generator:
+    """The likeliest answer to each prompt."""
+    tokens, generation = policy.config.tokens, config.generation
+    ends = (tokens.im_end, tokens.pad)
+    sampling = Sampling(1, generation.max_tokens, temperature=0.0, eos=ends, pad=tokens.pad, chunk=generation.chunk)
+    return Generator(policy, sampling, unroll=generation.unroll)
