@@ -74,6 +74,11 @@ class DecoderLayer(nnx.Module):
         q, k, v = shard(q, "batch", "length", "act_heads", None), *(shard(a, "batch", "length", "act_kv_heads", None) for a in (k, v))
         return rotate(q, angles), KeyValue(rotate(k, angles), v)
 
+    def __call__(self, x: jax.Array, angles: jax.Array, segments: jax.Array) -> tuple[jax.Array, KeyValue]:
+        """Whole rows, causal inside each segment: `x [B, T, D]` -> the same after this layer, and its keys and values."""
+        query, kv = self.project(x, angles)
+        return self.finish(x, attend(query, kv.key, kv.value, segments, segments, causal=True).out), kv
+
     def finish(self, x: jax.Array, attended: jax.Array) -> jax.Array:
         """Adds the attention output `[B, T, N, H]` and the MLP to the residual stream `x [B, T, D]`."""
         x = x + self.self_attn.o_proj(attended.reshape(*x.shape[:2], -1))
@@ -120,30 +125,34 @@ class Decoder(nnx.Module):
     ) -> jax.Array:
         """States `[B, T, D]` that `stop` layers have made, from those `x` that `start` layers have made; no norm at the end.
 
-        What stands `between` at `start` or `stop` is applied as well.
+        The other layers are not run. What stands `between` at `start` or `stop` is applied as well.
         """
-        hidden, _ = self._through(Hidden(x, x), positions, segments, keep=False, start=start, stop=stop, between=between)
-        return hidden.last
+        angles = self.angles(positions)
+
+        def body(layer: DecoderLayer, x: jax.Array, _: None) -> tuple[jax.Array, None]:
+            return layer(x, angles, segments)[0], None
+
+        x = shard(x, "batch", "length", "act_embed")
+        return self._run(body, x, None, lambda x, change: change(x), between, start, stop)[0]
+
+    def penultimate(self, x: jax.Array, positions: jax.Array, segments: jax.Array) -> jax.Array:
+        """`Hidden.penultimate` `[B, T, D]` alone, of what `__call__` takes: the last layer is not run."""
+        return self.through(x, positions, segments, stop=self.config.num_layers - 1)
 
     def prefill(
         self, x: jax.Array, positions: jax.Array, segments: jax.Array, *, keep: bool = True, between: Between = _NOTHING
     ) -> tuple[Hidden, Cache | None]:
         """As `__call__`, and (when `keep`) every layer's keys and values `[L, B, T, K, H]` (a list of `KeyValue` when unrolled)."""
-        start = Hidden(shard(x, "batch", "length", "act_embed"), x)
-        hidden, kv = self._through(start, positions, segments, keep=keep, start=0, stop=self.config.num_layers, between=between)
-        return Hidden(self.norm(hidden.last), hidden.penultimate), kv
-
-    def _through(
-        self, carry: Hidden, positions: jax.Array, segments: jax.Array, *, keep: bool, start: int, stop: int, between: Between
-    ) -> tuple[Hidden, Cache | None]:
         angles = self.angles(positions)
 
         def body(layer: DecoderLayer, carry: Hidden, _: None) -> tuple[Hidden, KeyValue | None]:
-            query, kv = layer.project(carry.last, angles)
-            attended = attend(query, kv.key, kv.value, segments, segments, causal=True).out
-            return Hidden(layer.finish(carry.last, attended), carry.last), kv if keep else None
+            last, kv = layer(carry.last, angles, segments)
+            return Hidden(last, carry.last), kv if keep else None
 
-        return self._run(body, carry, None, lambda carry, change: Hidden(change(carry.last), carry.penultimate), between, start, stop)
+        start = Hidden(shard(x, "batch", "length", "act_embed"), x)
+        changed = lambda carry, change: Hidden(change(carry.last), carry.penultimate)  # noqa: E731
+        hidden, kv = self._run(body, start, None, changed, between, 0, self.config.num_layers)
+        return Hidden(self.norm(hidden.last), hidden.penultimate), kv
 
     def _run(
         self, body: Any, carry: Any, xs: Any, changed: Callable[[Any, Any], Any], between: Between, start: int, stop: int

@@ -116,16 +116,18 @@ def build_example(
     Where `replaced` is given, such media are replaced and the reason goes into that list: half a second of silence for sound, black for
     pictures (reference section 2.5), which are 224 x 224, or as large as the file says if it says that much, so that `measure` holds.
     """
-    reader = _Reader(config, options, replaced, decode=True)
+    reader = _Reader(config, options, replaced, decode=options.feed_media)
     prompt = _build_prompt(reader, problem, tokenizer, audios, videos, images, name)
     answer = [] if response is None else [*tokenizer.encode(response), config.tokens.im_end]
     length, total = len(prompt.tokens), len(prompt.tokens) + len(answer)
-    # A response holds no media, whatever ids a policy may sample: it continues from the prompt's last position, on all axes alike.
-    tail = prompt.positions[:, -1:] + 1 + np.arange(len(answer), dtype=np.int32)
-    positions = np.concatenate([prompt.positions, tail], axis=1)
     labels = np.full(total, IGNORED, np.int32)
     labels[length:] = answer
     tokens = np.concatenate([prompt.tokens, np.asarray(answer, np.int32)])
+    if not options.feed_media:
+        return lay_out_words(tokens, labels, length, config)
+    # A response holds no media, whatever ids a policy may sample: it continues from the prompt's last position, on all axes alike.
+    tail = prompt.positions[:, -1:] + 1 + np.arange(len(answer), dtype=np.int32)
+    positions = np.concatenate([prompt.positions, tail], axis=1)
     return lay_out(tokens, labels, positions, length, reader.mels, reader.visuals, config)
 
 
@@ -165,6 +167,12 @@ def lay_out(
     )
 
 
+def lay_out_words(tokens: np.ndarray, labels: np.ndarray, prompt_length: int, config: ThinkerConfig) -> Example:
+    """The row `tokens` `[T]` without media: placeholders are tokens like all others, and positions count tokens."""
+    positions = np.tile(np.arange(len(tokens), dtype=np.int32), (3, 1))
+    return dataclasses.replace(lay_out(tokens, labels, positions, 0, [], [], config), prompt_length=prompt_length)
+
+
 def measure(
     *,
     problem: str,
@@ -181,10 +189,13 @@ def measure(
     """`build_example(...).size()` without decoding a picture: only sound is decoded, videos are counted by their packets."""
     reader = _Reader(config, options, replaced, decode=False)
     prompt = _build_prompt(reader, problem, tokenizer, audios, videos, images, name)
+    tokens = len(prompt.tokens) + (0 if response is None else len(tokenizer.encode(response)) + 1)
+    if not options.feed_media:
+        return Bucket(tokens)
     merge, side = config.vision.spatial_merge_size, config.vision.window_cells
     shapes = [window_slots(rows // merge, columns // merge, side)[1:] for _, rows, columns in reader.grids]
     return Bucket(
-        tokens=len(prompt.tokens) + (0 if response is None else len(tokenizer.encode(response)) + 1),
+        tokens=tokens,
         audio_chunks=sum(-(-frames // config.audio.chunk_frames) for frames in reader.mel_frames),
         audio_tokens=sum(audio_token_count(frames) for frames in reader.mel_frames),
         frames=sum(steps for steps, _, _ in reader.grids),
@@ -394,6 +405,7 @@ def _build_prompt(
             {kind: len(sources) for kind, sources in given.items()},
             modalities=options.modalities,
             format_prompt=options.format_prompt,
+            system=options.system,
         )
     except ValueError as reason:
         raise ValueError(f"{name}: {reason}") from reason

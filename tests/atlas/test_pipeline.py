@@ -13,7 +13,7 @@ from omnisapiens_jax.atlas.labels import HBA
 from omnisapiens_jax.atlas.lengths import length_index
 from omnisapiens_jax.atlas.pipeline import Pipeline, PipelineConfig
 from omnisapiens_jax.atlas.plan import MASKED, PlanConfig, Planner
-from omnisapiens_jax.atlas.recipe import Recipe, target_text
+from omnisapiens_jax.atlas.recipe import Recipe, lower_answer, target_text
 from omnisapiens_jax.atlas.schema import SampleError
 from omnisapiens_jax.atlas.sources import open_source
 from tests.atlas.toys import CONFIG, edit_row, recipe, write_atlas
@@ -24,8 +24,8 @@ def atlas(tmp_path_factory):
     return write_atlas(tmp_path_factory.mktemp("atlas"))
 
 
-def make(path, pipeline=PipelineConfig(), *, host=0, with_target=False, **plan: Any):  # noqa: B008 - frozen
-    source, how = open_source(path), recipe(with_target=with_target)
+def make(path, pipeline=PipelineConfig(), *, host=0, target=None, **plan: Any):  # noqa: B008 - frozen
+    source, how = open_source(path), recipe(target=target)
     index, _ = length_index(source, how, on_error="raise")
     config = PlanConfig(**{"batch_size": 4, "seed": 5, **plan})
     cost = SlotCost.of(CONFIG)
@@ -145,7 +145,7 @@ def test_a_cached_sample_is_decoded_once(atlas, monkeypatch):
 
 
 def test_targets_are_trained_and_prompts_are_not(atlas):
-    plain, taught = make(atlas), make(atlas, with_target=True)
+    plain, taught = make(atlas), make(atlas, target=target_text)
     source = open_source(atlas)
     encode = recipe().tokenizer.encode
     for _, batch in taught.batches(0, 8):
@@ -179,7 +179,7 @@ def test_the_target_text(atlas):
     sample = open_source(atlas)[1]
     assert target_text(sample) == r"<think>the words say so</think>\boxed{sad}"
     bare = dataclasses.replace(sample, rationale="")
-    assert target_text(bare) == r"\boxed{sad}" and target_text(bare, "%s") == "sad"
+    assert target_text(bare) == r"\boxed{sad}" and lower_answer(dataclasses.replace(bare, answer="Sad")) == "sad"
 
 
 def test_a_host_that_is_not_there_is_refused(atlas):
