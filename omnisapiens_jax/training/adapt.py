@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -67,6 +68,12 @@ class Adapting:
         target = lower_answer if task == "qa" else None
         return self.atlas.split(name, batch_size=size, target=target, shuffle=train, rows=_rows(datasets, ids))
 
+    def prompts(self, datasets: Sequence[str]) -> Split:
+        """Held-out rows of some datasets, without their answers."""
+        return self.atlas.split(
+            self.config.atlas.test, batch_size=self.config.eval_batch, target=None, shuffle=False, rows=_rows(datasets, None)
+        )
+
     def descriptors(self, split: Split) -> Behaviour:
         """Those of a split's samples."""
         trailing = self.config.compat.descriptor_padding == "trailing"
@@ -114,68 +121,74 @@ def adapt(config: ml_collections.ConfigDict, workdir: Path, mesh: Mesh, atlas: A
             _adapt_task(run, task, of_task, everything=everything)
 
 
+@dataclasses.dataclass(frozen=True)
+class Material:
+    """What the groups of a task are trained and judged on: by split its descriptors and, unless they are computed anew, its states."""
+
+    run: Adapting
+    task: str
+    fixed: Fixed
+    held_out: Split
+    descriptors: Mapping[str, Behaviour]
+    states: Mapping[str, FrozenStates]
+
+    def feed(self, name: str, datasets: Sequence[str], *, train: bool = False) -> Feed:
+        """Batches of some datasets' rows of a split: shuffled, in `batch_size` rows, to `train`; else in order."""
+        kept = self.states.get(name)
+        split = self.run.split(name, datasets, self.task, None if kept is None else kept.ids, train=train)
+        return Feed(split, kept, self.descriptors[name], self.fixed, self.run.mesh)
+
+
+def gather(run: Adapting, task: str, datasets: Sequence[str]) -> Material:
+    """Reads the descriptors of all splits, and runs the frozen thinker once over every sample that has no states yet."""
+    atlas, thinker = run.config.atlas, run.classifier.thinker
+    below, params = nnx.split(thinker)
+    site = bam.site_of(run.settings, task, thinker.config, thinker.decoder.dtype)
+    # Before the long work: a row that cannot be used is told now. Free-form answers are generated, from prompts alone.
+    held_out = run.prompts(datasets)
+    splits = [run.split(name, datasets, task) for name in (atlas.train, atlas.validation)]
+    splits += [held_out]
+    descriptors = {split.name: run.descriptors(split) for split in splits}
+    states = {}
+    for split in splits if run.settings.cached else ():
+        if task == "cls" or split is not held_out:
+            again = functools.partial(run.split, split.name, datasets, task)
+            states[split.name] = encode(site, below, params, split, again, run.mesh, resources.cache() / "states")
+    return Material(run, task, Fixed(site, below, params), held_out, descriptors, states)
+
+
 def _adapt_task(run: Adapting, task: str, groups: Sequence[Group], *, everything: bool) -> None:
     """The groups of one task: one pass over the thinker, then one group after the other."""
-    config, thinker = run.config, run.classifier.thinker
-    below, params = nnx.split(thinker)
-    site = bam.site_of(run.settings, groups[0], thinker.config, thinker.decoder.dtype)
-    fixed = Fixed(site, below, params)
-    datasets = [dataset for group in groups for dataset in group.datasets]
-    held_out = run.atlas.split(
-        config.atlas.test, batch_size=config.eval_batch, target=None, shuffle=False, rows=_rows(datasets, None)
-    )  # before the long work: a row that cannot be used is told now
-    splits = [run.split(name, datasets, task) for name in (config.atlas.train, config.atlas.validation)]
-    splits += [held_out] if task == "cls" else []
-    descriptors = [run.descriptors(split) for split in (*splits, *([] if task == "cls" else [held_out]))]
-    states: list[FrozenStates | None] = [None] * 3
-    if run.settings.cached:
-        for place, split in enumerate(splits):
-            again = lambda ids, split=split: run.split(split.name, datasets, task, ids)  # noqa: E731
-            states[place] = encode(site, below, params, split, again, run.mesh, resources.cache() / "states")
-
-    def feed(place: int, datasets: Sequence[str], *, train: bool = False) -> Feed:
-        name = (config.atlas.train, config.atlas.validation, config.atlas.test)[place]
-        kept = states[place]
-        split = run.split(name, datasets, task if place < 2 else "cls", None if kept is None else kept.ids, train=train)
-        return Feed(split, kept, descriptors[place], fixed, run.mesh)
-
+    atlas, settings = run.config.atlas, run.settings
+    material = gather(run, task, [dataset for group in groups for dataset in group.datasets])
     for group in groups:
-        train = feed(0, group.datasets, train=True)
+        train = material.feed(atlas.train, group.datasets, train=True)
         ids = train.split.pipeline.planner.index.ids
-        present = descriptors[0].present(ids)
-        modalities = [modality for modality in MODALITIES if modality in run.settings.modalities and present[modality]]
+        present = train.descriptors.present(ids)
+        modalities = [modality for modality in MODALITIES if modality in settings.modalities and present[modality]]
         said = ", ".join(f"{present[modality]} with {modality} descriptors" for modality in MODALITIES)
         console.print(f"{group.name}: {len(ids)} training samples, {said}")
         if not modalities:
             if everything:
                 continue
             raise ValueError(
-                f"{group.name}: none of its {len(ids)} training samples has a descriptor of {' or '.join(run.settings.modalities)}. Make "
+                f"{group.name}: none of its {len(ids)} training samples has a descriptor of {' or '.join(settings.modalities)}. Make "
                 "them (python -m omnisapiens_jax.processing.descriptors), or leave the dataset out of config.bam.datasets"
             )
-        learner = _learner(run, group, modalities, lambda: descriptors[0].statistics(ids))  # noqa: B023 - called at once
+        learner = make_learner(run, group, train, modalities)
         folder = run.workdir / "bam" / group.name
-        if run.settings.epochs:
-            learner = bam.fit(
-                run.settings,
-                config.seed,
-                folder,
-                group,
-                learner,
-                train,
-                feed(1, group.datasets),
-                double_step=config.compat.adapter_steps == "twice",
-            )
+        if settings.epochs:
+            validation = material.feed(atlas.validation, group.datasets)
+            twice = run.config.compat.adapter_steps == "twice"
+            learner = bam.fit(settings, run.config.seed, folder, group, learner, train, validation, double_step=twice)
         if jax.process_index() == 0:
             folder.mkdir(parents=True, exist_ok=True)
             write_behaviour(folder, learner.behaviour, learner.heads)
         if task == "cls":
-            _evaluate(run, group, folder, lambda shuffle, learner=learner, group=group: _classes(learner, feed(2, group.datasets), shuffle))
+            _evaluate(group, folder, functools.partial(_classes, learner, material.feed(atlas.test, group.datasets)))
         else:
-            split = run.atlas.split(
-                config.atlas.test, batch_size=config.eval_batch, target=None, shuffle=False, rows=_rows(group.datasets, None)
-            )
-            _evaluate(run, group, folder, _answering(run, learner, split, descriptors[2]))
+            prompts, descriptors = run.prompts(group.datasets), material.descriptors[atlas.test]
+            _evaluate(group, folder, _answering(run, learner, prompts, descriptors))
 
 
 def _rows(datasets: Sequence[str], ids: np.ndarray | None) -> Callable[[Index], np.ndarray]:
@@ -210,12 +223,12 @@ def _shape(settings: ml_collections.ConfigDict, modality: str) -> AdapterShape:
     return AdapterShape(bam.FEATURES[modality], settings.hidden[modality], settings.normed)
 
 
-def _learner(run: Adapting, group: Group, modalities: Sequence[str], statistics: Callable[[], dict]) -> Learner:
-    """A new learner on the mesh, with what the weights have of it."""
+def make_learner(run: Adapting, group: Group, train: Feed, modalities: Sequence[str]) -> Learner:
+    """A new learner on the mesh, with what the weights have of it. Raises ValueError: they have adapters for other modalities."""
     thinker, settings, weights = run.classifier.thinker, run.settings, run.config.model.weights
     behaviour = bam.make_behaviour(settings, thinker.config, modalities, group.task, nnx.Rngs(run.config.seed + 2))
     if isinstance(behaviour, BehaviourAttention):
-        bam.set_statistics(behaviour, statistics())
+        bam.set_statistics(behaviour, train.descriptors.statistics(train.split.pipeline.planner.index.ids))
     elif weights and (kept := open_weights(weights).part_shapes.adapters):
         if {*kept} != {*modalities}:
             raise ValueError(f"{weights} has adapters for {', '.join(kept)}, the descriptors of {group.name} are {', '.join(modalities)}")
@@ -229,7 +242,7 @@ def _learner(run: Adapting, group: Group, modalities: Sequence[str], statistics:
     return nnx.merge(graph, jax.device_put(state, shardings(state, run.mesh)))
 
 
-def _evaluate(run: Adapting, group: Group, folder: Path, answer: Callable[[str], list[Answer]]) -> None:
+def _evaluate(group: Group, folder: Path, answer: Callable[[str], list[Answer]]) -> None:
     """Held-out answers of every control and what they are worth; each is made only once."""
     scores = {}
     for control in CONTROLS:

@@ -178,15 +178,15 @@ class Learner(nnx.Module):
         )
 
 
-def site_of(settings: ml_collections.ConfigDict, group: Group, thinker: ThinkerConfig, dtype: Any) -> Site:
-    """Where the states are taken that a group's learner reads: as late as nothing before it changes."""
+def site_of(settings: ml_collections.ConfigDict, task: str, thinker: ThinkerConfig, dtype: Any) -> Site:
+    """Where the states are taken that the learners of a task read: as late as nothing before it changes."""
     layers, width = thinker.text.num_layers, thinker.text.hidden_size
     depths = [settings.attention.depths[0]] if settings.kind == "attention" else []
-    if group.task == "qa" and (settings.stage == LAST_BLOCK or settings.residual_site == "penultimate"):
+    if task == "qa" and (settings.stage == LAST_BLOCK or settings.residual_site == "penultimate"):
         depths.append(layers - 1)
     if depths:
         return Site("depth", min(depths), width, dtype)
-    return Site("pooled", layers - 1, width, dtype) if group.task == "cls" else Site("answers", layers, width, dtype)
+    return Site("pooled", layers - 1, width, dtype) if task == "cls" else Site("answers", layers, width, dtype)
 
 
 def attention_config(settings: ml_collections.ConfigDict, modalities: Sequence[str]) -> AttentionConfig:
