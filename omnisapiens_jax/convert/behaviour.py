@@ -1,7 +1,8 @@
 """What has been learnt on a frozen thinker, as files: adapters and heads as they are released, behaviour attention in a form of ours.
 
 Behaviour attention lies in `behaviour.safetensors`: a tensor for every parameter by its path in `models.behaviour.BehaviourAttention`
-(`layers.0.q_proj.kernel [in, out]`, `encoders.landmarks.mean`), float32, and the shapes as JSON in the header's metadata (`config`).
+(`layers.0.q_proj.kernel [in, out]`, `encoders.landmarks.mean`), float32, and the shapes as JSON in the header's metadata (`config`). What
+was trained of the thinker itself lies in `tail.safetensors` under the names of the published checkpoints, whose tensors it replaces.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +19,17 @@ import numpy as np
 from flax import nnx
 from safetensors import SafetensorError, safe_open
 
+from omnisapiens_jax.convert.names import mappings
 from omnisapiens_jax.convert.parts import write_released
 from omnisapiens_jax.models.bam import ResidualAdapters
 from omnisapiens_jax.models.behaviour import AttentionConfig, BehaviourAttention
 from omnisapiens_jax.models.config import ThinkerConfig
+from omnisapiens_jax.models.decoder import DecoderLayer
 from omnisapiens_jax.models.heads import DomainHeads
+from omnisapiens_jax.models.layers import Linear
 from omnisapiens_jax.processing.tensors import ConversionError, HeldTensor, SafetensorsWriter, read_finite, read_safetensors, some
 
-ATTENTION = "behaviour.safetensors"
+ATTENTION, TAIL = "behaviour.safetensors", "tail.safetensors"
 
 
 def released_parts(heads: DomainHeads | None, adapters: ResidualAdapters | None, where: Path) -> dict[str, HeldTensor]:
@@ -56,13 +61,31 @@ def write_behaviour(folder: Path, behaviour: ResidualAdapters | BehaviourAttenti
     adapters = behaviour if isinstance(behaviour, ResidualAdapters) else None
     write_released(released_parts(heads, adapters, folder), folder)
     if isinstance(behaviour, BehaviourAttention):
-        flat = {name: HeldTensor(name, np.asarray(value, np.float32), folder) for name, value in _by_name(behaviour).items()}
-        draft = folder / f".{ATTENTION}.part"
-        metadata = {"config": json.dumps(dataclasses.asdict(behaviour.config))}
-        with SafetensorsWriter(draft, {name: (tensor.dtype, tensor.shape) for name, tensor in flat.items()}, metadata) as writer:
-            for name in writer.order:
-                writer.write(read_finite(flat[name], 0, None, np.dtype(np.float32)))
-        os.replace(draft, folder / ATTENTION)
+        flat = {_name(path): variable.get_value() for path, variable in nnx.to_flat_state(nnx.state(behaviour))}
+        _write(folder / ATTENTION, flat, {"config": json.dumps(dataclasses.asdict(behaviour.config))})
+
+
+def write_tail(folder: Path, thinker: ThinkerConfig, block: DecoderLayer, lm_head: Linear) -> None:
+    """Writes the last layer of a decoder and its LM head as `tail.safetensors`.
+
+    Raises:
+      ConversionError: a value is not finite.
+    """
+    layers = ("decoder", "layers", "block")
+    values = {(*layers, *map(str, path)): variable.get_value() for path, variable in nnx.to_flat_state(nnx.state(block))}
+    values[("lm_head", "kernel")] = lm_head.kernel[...]
+    rows = {row.ours: row for row in mappings(thinker) if row.ours in values}
+    assert rows.keys() == values.keys()
+    _write(folder / TAIL, {row.their_names[-1]: row.to_theirs(np.asarray(values[path])) for path, row in rows.items()}, {})
+
+
+def _write(path: Path, values: Mapping[str, Any], metadata: Mapping[str, str]) -> None:
+    tensors = {name: HeldTensor(name, np.ascontiguousarray(np.asarray(value, np.float32)), path) for name, value in values.items()}
+    draft = path.with_name(f".{path.name}.part")
+    with SafetensorsWriter(draft, {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}, metadata) as writer:
+        for name in writer.order:
+            writer.write(read_finite(tensors[name], 0, None, np.dtype(np.float32)))
+    os.replace(draft, path)
 
 
 def read_behaviour(folder: Path, thinker: ThinkerConfig) -> BehaviourAttention:
@@ -94,10 +117,6 @@ def read_behaviour(folder: Path, thinker: ThinkerConfig) -> BehaviourAttention:
         variable.set_value(jnp.asarray(read_finite(tensors[name], 0, None, np.dtype(np.float32))))
     graph = nnx.graphdef(made)
     return nnx.merge(graph, nnx.from_flat_state([(path, variable) for path, variable in nnx.to_flat_state(nnx.state(made))]))
-
-
-def _by_name(module: nnx.Module) -> dict[str, Any]:
-    return {_name(path): variable.get_value() for path, variable in nnx.to_flat_state(nnx.state(module))}
 
 
 def _name(path: tuple[Any, ...]) -> str:

@@ -20,7 +20,7 @@ from omnisapiens_jax.atlas.behaviour import Behaviour, read_behaviour
 from omnisapiens_jax.atlas.labels import HBA
 from omnisapiens_jax.atlas.plan import Index
 from omnisapiens_jax.atlas.recipe import lower_answer
-from omnisapiens_jax.convert.behaviour import write_behaviour
+from omnisapiens_jax.convert.behaviour import write_behaviour, write_tail
 from omnisapiens_jax.convert.loading import fill_parts
 from omnisapiens_jax.convert.parts import AdapterShape
 from omnisapiens_jax.evaluation.evaluate import Answer, decode_response, load_answers, save_answers
@@ -184,6 +184,8 @@ def _adapt_task(run: Adapting, task: str, groups: Sequence[Group], *, everything
         if jax.process_index() == 0:
             folder.mkdir(parents=True, exist_ok=True)
             write_behaviour(folder, learner.behaviour, learner.heads)
+            if learner.tail is not None:
+                write_tail(folder, run.classifier.thinker.config, learner.tail.block, learner.tail.lm_head)
         if task == "cls":
             _evaluate(group, folder, functools.partial(_classes, learner, material.feed(atlas.test, group.datasets)))
         else:
@@ -208,6 +210,11 @@ def _check_weights(run: Adapting, groups: Sequence[Group]) -> None:
         raise ValueError(
             f"config.bam.stage adapters leaves the heads as they are, and {weights or 'random weights'} bring none: train them first "
             "(--config=sft), or choose adapters+heads"
+        )
+    if settings.stage == bam.LAST_BLOCK and run.config.model.lora.rank:
+        raise ValueError(
+            f"config.bam.stage {bam.LAST_BLOCK} trains weights that LoRA factors are added to: merge these first, and set "
+            "config.model.lora.rank=0"
         )
     if shapes and shapes.adapters:
         if len(groups) > 1:

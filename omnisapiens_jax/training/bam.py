@@ -119,13 +119,19 @@ class Tail(nnx.Module):
     """The last layer of a decoder and the LM head, to be trained beside the frozen rest."""
 
     def __init__(self, thinker: Thinker):
-        """Begins as those of `thinker`. Raises ValueError: its head is its table of embeddings."""
+        """Begins as those of `thinker`, in float32: an update of 1e-4 would vanish in bfloat16.
+
+        Raises:
+          ValueError: the head is the table of embeddings.
+        """
         if thinker.lm_head is None:
             raise ValueError(
                 f"config.bam.stage {LAST_BLOCK}: the LM head of this model is its table of embeddings, which the frozen layers read as well"
             )
         block, head = thinker.decoder.layers.layer(-1), nnx.clone(thinker.lm_head)
         assert isinstance(block, DecoderLayer) and isinstance(head, Linear)
+        for module in (block, head):
+            nnx.update(module, jax.tree.map(lambda leaf: leaf.astype(jnp.float32), nnx.state(module)))
         self.block, self.lm_head, self.dtype = block, head, thinker.decoder.dtype
 
     def head(self) -> jax.Array:
@@ -135,10 +141,11 @@ class Tail(nnx.Module):
     def put(self, thinker: Thinker) -> None:
         """Makes them those of `thinker`, whose layers are stacked."""
         assert thinker.lm_head is not None
-        nnx.update(thinker.lm_head, nnx.state(self.lm_head))
-        stacked = nnx.state(thinker.decoder.layers.block)
-        own = nnx.state(self.block)
-        nnx.update(thinker.decoder.layers.block, jax.tree.map(lambda all_of, last: all_of.at[-1].set(last), stacked, own))
+        head, stack = thinker.lm_head, thinker.decoder.layers.block
+        nnx.update(head, jax.tree.map(lambda old, new: new.astype(old.dtype), nnx.state(head), nnx.state(self.lm_head)))
+        own = jax.tree.leaves(nnx.state(self.block))
+        leaves, tree = jax.tree.flatten(nnx.state(stack))
+        nnx.update(stack, jax.tree.unflatten(tree, [old.at[-1].set(new.astype(old.dtype)) for old, new in zip(leaves, own, strict=True)]))
 
 
 class Learner(nnx.Module):

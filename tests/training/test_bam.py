@@ -22,7 +22,7 @@ from omnisapiens_jax.models.heads import DomainHeads
 from omnisapiens_jax.models.thinker import Thinker
 from omnisapiens_jax.parallel.mesh import on_mesh
 from omnisapiens_jax.processing.descriptors.batch import collate_descriptors
-from omnisapiens_jax.processing.tensors import ConversionError
+from omnisapiens_jax.processing.tensors import ConversionError, read_safetensors
 from omnisapiens_jax.processing.torch_files import read_torch_file
 from omnisapiens_jax.training import adapt, bam, frozen
 from omnisapiens_jax.training.bam import Learner
@@ -30,6 +30,7 @@ from omnisapiens_jax.training.jobs import check
 from omnisapiens_jax.training.journal import read_metrics
 from omnisapiens_jax.training.state import TrainState, fresh_optimizer, parameters
 from tests import parts, tiny
+from tests.checkpoints import tiny_thinker
 from tests.oracle import run_oracle
 from tests.training import world
 
@@ -65,6 +66,12 @@ def run(folder: Path, **changes: Any) -> world.World:
         whole = here.run(folder)
         adapt.adapt(made, folder, here.mesh, whole.atlas, here.graph, parameters(here.state))
     return here
+
+
+def started() -> Params:
+    """The thinker that runs begin with."""
+    here = world.world(world.config("bam", **SMALL))
+    return take_params(nnx.merge(here.graph, parameters(here.state)).thinker)
 
 
 def losses(folder: Path) -> list[float]:
@@ -318,3 +325,36 @@ def test_the_real_shapes_fit(kind: str) -> None:
     )
     if kind == "adapter":
         assert sum(leaf.size for leaf in jax.tree.leaves(trained["behaviour"])) == 1_777_389 + 5_114_827
+
+
+def test_free_form_answers_can_train_the_last_block_and_the_head(tmp_path: Path) -> None:
+    """Of two datasets together; what is written goes into the thinker's place, and answers come from it."""
+    run(tmp_path, bam__datasets=("siq2+mimeqa",), bam__stage=bam.LAST_BLOCK, bam__lr=1e-2)
+    folder = tmp_path / "bam/siq2+mimeqa"
+    found, start = read_safetensors(folder / "tail.safetensors"), started()
+    assert {name for name in found if not name.startswith("model.layers.1.")} == {"lm_head.weight"} and len(found) == 13
+    assert np.abs(found["lm_head.weight"].read() - np.asarray(start["lm_head"]["kernel"]).T).max() > 1e-3
+    first = np.asarray(start["decoder"]["layers"]["block"]["mlp"]["up_proj"]["kernel"])
+    assert np.abs(found["model.layers.1.mlp.up_proj.weight"].read() - first[1].T).max() > 1e-3
+    assert losses(folder)[-1] < losses(folder)[0]
+
+
+def test_released_adapters_are_evaluated_as_they_are(tmp_path: Path) -> None:
+    """A folder as the released ones are: a thinker, heads and adapters; nothing is trained, and only descriptors make a difference."""
+    theirs = tiny_thinker(tmp_path / "theirs")
+    made = world.config("bam", **SMALL)
+    adapters = bam.make_behaviour(made.bam, tiny.TINY, ("video",), "cls", nnx.Rngs(0))
+    write_behaviour(theirs, adapters, DomainHeads(32, parts.LABELS, rngs=nnx.Rngs(1)))
+    changes = {"model__weights": str(theirs), "bam__epochs": 0, "bam__stage": "adapters", "compat__media_inputs": "text_only"}
+    run(tmp_path / "run", **changes)
+    folder = tmp_path / "run/bam/meld_emotion"
+    for file in ("adapters.bin", "heads.bin"):
+        assert (folder / file).read_bytes() == (theirs / file).read_bytes()
+    assert not (folder / "best").exists() and {*json.loads((folder / "scores.json").read_text())} == {*adapt.CONTROLS}
+    for changes_too, says in (
+        ({"bam__hidden__video": 7}, "has a video adapter .*config.bam asks for"),
+        ({"bam__datasets": ("meld_emotion", "mmsd")}, "adapters of one dataset"),
+        ({"bam__kind": "attention"}, "would leave them out"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            run(tmp_path / "wrong", **{**changes, **changes_too})
