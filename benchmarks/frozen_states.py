@@ -1,7 +1,7 @@
 """An epoch of adapters with the frozen thinker's states kept, and one that computes them: `python benchmarks/frozen_states.py`.
 
-The same plan, learner and steps, side by side: epochs of the one and of the other in turn, each after one that compiles. Both begin with the
-same parameters, so their losses must be equal to the rounding of float32. `mini` on its miniature atlas, or any other with --atlas.
+The same plan, learner and steps, side by side: epochs of the one and of the other in turn, after one of each that compiles. Both begin with
+the same parameters, so their losses must be equal to the rounding of float32. `mini` on its miniature atlas, or any other with --atlas.
 """
 
 from __future__ import annotations

@@ -16,6 +16,8 @@ from flax import nnx
 from omnisapiens_jax import resources
 from omnisapiens_jax.atlas.labels import HBA
 from omnisapiens_jax.convert.behaviour import read_behaviour, released_parts, write_behaviour
+from omnisapiens_jax.convert.checkpoint import take_params
+from omnisapiens_jax.convert.source import Params
 from omnisapiens_jax.models.behaviour import AttentionConfig, BehaviourAttention, Statistic
 from omnisapiens_jax.models.config import ThinkerConfig
 from omnisapiens_jax.models.heads import DomainHeads
