@@ -93,6 +93,7 @@ def read_behaviour(
     folder, fields = cache / key, _fields(config)
     stamps = {int(sample): source.stamp(int(sample), FEATURE_FIELDS) for sample in ids}
     missing = Store(folder, fields).missing(stamps)
+    wait()  # before anyone adds to it: all must find the same to be missing
     mine = missing[share[0] :: share[1]]
     broken: list[SampleError] = []
     if mine:

@@ -12,11 +12,11 @@ import jax
 import ml_collections
 import numpy as np
 from flax import nnx
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from omnisapiens_jax import resources
 from omnisapiens_jax.atlas.behaviour import Behaviour, read_behaviour
+from omnisapiens_jax.atlas.faults import FaultLog
 from omnisapiens_jax.atlas.labels import HBA
 from omnisapiens_jax.atlas.plan import Index
 from omnisapiens_jax.atlas.recipe import lower_answer
@@ -30,7 +30,7 @@ from omnisapiens_jax.models.bam import MODALITIES
 from omnisapiens_jax.models.behaviour import BehaviourAttention, BehaviourThinker
 from omnisapiens_jax.models.classifier import Classifier
 from omnisapiens_jax.models.thinker import Thinker
-from omnisapiens_jax.parallel.mesh import all_rows, put_batch, shardings
+from omnisapiens_jax.parallel.mesh import all_rows, meet, put_batch, shardings
 from omnisapiens_jax.training import bam
 from omnisapiens_jax.training.bam import Feed, Fixed, Group, Learner, Tail
 from omnisapiens_jax.training.data import Atlas, Split
@@ -76,19 +76,26 @@ class Adapting:
 
     def descriptors(self, split: Split) -> Behaviour:
         """Those of a split's samples."""
-        trailing = self.config.compat.descriptor_padding == "trailing"
+        trailing, ids = self.config.compat.descriptor_padding == "trailing", split.pipeline.planner.index.ids
+        faults = FaultLog()
         with Bar(f"descriptors of {split.name}", total=len(split.source), at_once=False) as bar:
-            return read_behaviour(
+            found = read_behaviour(
                 split.source,
-                split.pipeline.planner.index.ids.tolist(),
+                ids.tolist(),
                 bam.descriptor_config(self.settings, trailing_pad=trailing),
                 cache=resources.cache() / "descriptors",
                 on_error=self.config.atlas.on_error,
-                faults=split.pipeline.faults,
+                faults=faults,
                 progress=lambda done, _: bar.reach(done),
                 share=(jax.process_index(), jax.process_count()),
-                wait=lambda: multihost_utils.sync_global_devices("descriptors") if jax.process_count() > 1 else None,
+                wait=lambda: meet("descriptors"),
             )
+        if faults:
+            console.print(f"{len(faults)} descriptors cannot be read, and their samples go without: {faults.report()}")
+        present = found.present(ids)
+        there = ", ".join(f"{present[modality]} have {modality} descriptors" for modality in MODALITIES)
+        console.print(f"{split.name}: of {len(ids)} samples {there}")
+        return found
 
 
 def adapt(config: ml_collections.ConfigDict, workdir: Path, mesh: Mesh, atlas: Atlas, graph: nnx.GraphDef, params: nnx.State) -> None:
@@ -216,6 +223,8 @@ def _check_weights(run: Adapting, groups: Sequence[Group]) -> None:
             f"config.bam.stage {bam.LAST_BLOCK} trains weights that LoRA factors are added to: merge these first, and set "
             "config.model.lora.rank=0"
         )
+    if settings.stage == bam.LAST_BLOCK:
+        Tail(run.classifier.thinker)
     if shapes and shapes.adapters:
         if len(groups) > 1:
             raise ValueError(f"{weights} has the adapters of one dataset: name it in config.bam.datasets, not {len(groups)} of them")

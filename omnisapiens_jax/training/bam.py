@@ -187,7 +187,7 @@ class Learner(nnx.Module):
 
 def site_of(settings: ml_collections.ConfigDict, task: str, thinker: ThinkerConfig, dtype: Any) -> Site:
     """Where the states are taken that the learners of a task read: as late as nothing before it changes."""
-    layers, width = thinker.text.num_layers, thinker.text.hidden_size
+    layers, width, dtype = thinker.text.num_layers, thinker.text.hidden_size, np.dtype(dtype)
     depths = [settings.attention.depths[0]] if settings.kind == "attention" else []
     if task == "qa" and (settings.stage == LAST_BLOCK or settings.residual_site == "penultimate"):
         depths.append(layers - 1)

@@ -17,14 +17,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from omnisapiens_jax.atlas.store import Arrays, Field, Store
 from omnisapiens_jax.models.behaviour import media_starts
 from omnisapiens_jax.models.heads import own_tokens, pool
 from omnisapiens_jax.models.thinker import Batch, Thinker
-from omnisapiens_jax.parallel.mesh import local_rows, put_batch
+from omnisapiens_jax.parallel.mesh import local_rows, meet, put_batch
 from omnisapiens_jax.processing.example import IGNORED
 from omnisapiens_jax.training.data import Split
 from omnisapiens_jax.training.journal import console, progress
@@ -187,6 +186,7 @@ def encode(
     folder = cache / hashlib.sha256(key.encode()).hexdigest()[:24]
     stamps = {sample: wanted.source.stamp(sample) for sample in wanted.pipeline.planner.index.ids.tolist()}
     store = Store(folder, site.fields)
+    meet(f"{folder.name} is open")  # before anyone adds to it: all must find the same to be missing
     if store.damaged:
         console.print(f"{store.damaged} records of {folder} are damaged or were cut off: those samples are encoded again")
     if missing := store.missing(stamps):
@@ -200,8 +200,7 @@ def encode(
                     if sample >= 0:
                         add(sample, stamps[sample], arrays)
         split.tell_faults()
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices(str(folder))
+        meet(f"{folder.name} is filled")
         store = Store(folder, site.fields)
     lacking = {*store.missing(stamps)}
     return FrozenStates(site, store, np.asarray([sample for sample in stamps if sample not in lacking], np.int64))

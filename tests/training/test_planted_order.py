@@ -61,7 +61,7 @@ def learnt(kind: str, monkeypatch: pytest.MonkeyPatch) -> float:
     optimizer = bam.make_optimizer(made.bam, double_step=False)
     state = fresh_optimizer(TrainState(jnp.zeros((), jnp.int32), trained, rest, ()), optimizer, world.mesh_of((1, 1, 1)))
     site = bam.site_of(made.bam, "cls", tiny.TINY, jnp.float32)
-    assert site == (Site("pooled", 1, 32, jnp.float32) if kind == "adapter" else Site("depth", 1, 32, jnp.float32))
+    assert site == (Site("pooled" if kind == "adapter" else "depth", 1, 32, np.dtype(np.float32)))
     below, params = nnx.split(tiny.thinker())
     odds = {"video": 0.0, "audio": 0.0}
     step = jax.jit(lambda *given: bam.step((site, graph, below), "cls", optimizer, (0, 1, odds), *given), donate_argnums=0)
