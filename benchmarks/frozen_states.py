@@ -21,6 +21,7 @@ from flax import nnx
 from rich.console import Console
 from rich.table import Table
 
+from omnisapiens_jax.models.bam import MODALITIES
 from omnisapiens_jax.parallel.mesh import make_mesh, on_mesh
 from omnisapiens_jax.resources import resource
 from omnisapiens_jax.training import bam
@@ -39,10 +40,8 @@ def epochs(run: Adapting, group: Group, cached: Feed, kind: str, rounds: int) ->
     learner = make_learner(run, group, cached, ["video"])
     graph, trained, rest = nnx.split(learner, bam.trainable("adapters+heads"), ...)
     optimizer, fixed = bam.make_optimizer(run.settings, double_step=False), cached.fixed
-    step = jax.jit(
-        functools.partial(bam.step, (fixed.site, graph, fixed.graph), group.task, optimizer, (0, 1, dict(run.settings.drop))),
-        donate_argnums=0,
-    )
+    how = (0, 1, tuple(run.settings.drop[modality] for modality in MODALITIES))
+    step = functools.partial(bam.step, (fixed.site, graph, fixed.graph), group.task, optimizer, how)
     states = {}
     for name in feeds:
         own = jax.tree.map(jnp.copy, (trained, rest))
@@ -79,7 +78,7 @@ def main() -> None:
     for kind in arguments.kinds:
         config = runpy.run_path(str(resource("configs/bam.py")))["get_config"]("mini")
         config.atlas.update({"path": arguments.atlas, "samples": arguments.samples, "cache_bytes": 0})
-        config.bam.update({"kind": kind, "datasets": (arguments.dataset,)})
+        config.bam.update({"kind": kind, "datasets": arguments.dataset})
         (group,) = bam.groups(config.bam)
         mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])
         with on_mesh(mesh), tempfile.TemporaryDirectory() as folder:

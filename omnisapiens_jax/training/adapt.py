@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 import numpy as np
 from flax import nnx
@@ -29,12 +30,12 @@ from omnisapiens_jax.generation.sampling import Generator, Sampling, rollout_key
 from omnisapiens_jax.models.bam import MODALITIES
 from omnisapiens_jax.models.behaviour import BehaviourAttention, BehaviourThinker
 from omnisapiens_jax.models.classifier import Classifier
-from omnisapiens_jax.models.thinker import Thinker
+from omnisapiens_jax.models.thinker import Batch, Thinker
 from omnisapiens_jax.parallel.mesh import all_rows, meet, put_batch, shardings
 from omnisapiens_jax.training import bam
 from omnisapiens_jax.training.bam import Feed, Fixed, Group, Learner, Tail
 from omnisapiens_jax.training.data import Atlas, Split
-from omnisapiens_jax.training.frozen import FrozenStates, encode
+from omnisapiens_jax.training.frozen import FrozenStates, Site, encode
 from omnisapiens_jax.training.journal import Bar, console, progress
 from omnisapiens_jax.training.state import open_weights
 
@@ -168,6 +169,7 @@ def _adapt_task(run: Adapting, task: str, groups: Sequence[Group], *, everything
     """The groups of one task: one pass over the thinker, then one group after the other."""
     atlas, settings = run.config.atlas, run.settings
     material = gather(run, task, [dataset for group in groups for dataset in group.datasets])
+    optimizer = bam.make_optimizer(settings, double_step=run.config.compat.adapter_steps == "twice")
     for group in groups:
         train = material.feed(atlas.train, group.datasets, train=True)
         ids = train.split.pipeline.planner.index.ids
@@ -186,8 +188,7 @@ def _adapt_task(run: Adapting, task: str, groups: Sequence[Group], *, everything
         folder = run.workdir / "bam" / group.name
         if settings.epochs:
             validation = material.feed(atlas.validation, group.datasets)
-            twice = run.config.compat.adapter_steps == "twice"
-            learner = bam.fit(settings, run.config.seed, folder, group, learner, train, validation, double_step=twice)
+            learner = bam.fit(settings, run.config.seed, folder, group, learner, train, validation, optimizer)
         if jax.process_index() == 0:
             folder.mkdir(parents=True, exist_ok=True)
             write_behaviour(folder, learner.behaviour, learner.heads)
@@ -255,7 +256,8 @@ def make_learner(run: Adapting, group: Group, train: Feed, modalities: Sequence[
         Tail(thinker) if settings.stage == bam.LAST_BLOCK else None,
     )
     graph, state = nnx.split(learner)
-    return nnx.merge(graph, jax.device_put(state, shardings(state, run.mesh)))
+    own = jax.tree.map(jnp.copy, state)  # the heads' and the tail's are the thinker's until then, and steps donate what they read
+    return nnx.merge(graph, jax.device_put(own, shardings(own, run.mesh)))
 
 
 def _evaluate(group: Group, folder: Path, answer: Callable[[str], list[Answer]]) -> None:
@@ -301,20 +303,19 @@ def _given(split: Split, control: str) -> np.ndarray | None:
 
 def _classes(learner: Learner, feed: Feed, control: str) -> list[Answer]:
     """The likeliest class of every sample."""
-    graph, state = nnx.split(learner)
-    fixed = feed.fixed
-
-    @jax.jit
-    def likeliest(state: nnx.State, params: nnx.State, batch: dict[str, jax.Array]) -> jax.Array:
-        return nnx.merge(graph, state).logits(fixed.site, nnx.merge(fixed.graph, params), batch).argmax(axis=-1)
-
-    answers = []
+    (graph, state), fixed, answers = nnx.split(learner), feed.fixed, []
     for _, ids, batch in feed.batches(0, feed.split.steps_per_epoch, _given(feed.split, control)):
-        for sample, label in zip(*all_rows((ids, likeliest(state, fixed.params, batch))), strict=True):
+        for sample, label in zip(*all_rows((ids, _likeliest((fixed.site, graph, fixed.graph), state, fixed.params, batch))), strict=True):
             if sample >= 0:
                 row, name = feed.split.source[int(sample)], HBA.classes[int(label)][1]
                 answers.append(Answer(row.id, row.dataset, row.answer, name, name))
     return sorted(answers, key=lambda answer: answer.id)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _likeliest(fixed: tuple[Site, nnx.GraphDef, nnx.GraphDef], state: nnx.State, params: nnx.State, batch: Batch) -> jax.Array:
+    site, graph, below = fixed
+    return nnx.merge(graph, state).logits(site, nnx.merge(below, params), batch).argmax(axis=-1)
 
 
 def _answering(run: Adapting, learner: Learner, split: Split, descriptors: Behaviour) -> Callable[[str], list[Answer]]:

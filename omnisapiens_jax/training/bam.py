@@ -87,20 +87,18 @@ def check(settings: ml_collections.ConfigDict, thinker: ThinkerConfig) -> None:
 
 
 def groups(settings: ml_collections.ConfigDict) -> list[Group]:
-    """What `bam.datasets` names: `all`, or datasets, those joined by `+` with one set of adapters in common.
+    """What `bam.datasets` names: `all`, or datasets with commas between them, those joined by `+` with one set of adapters in common.
 
     Raises:
       ValueError: there is no such dataset, one is named twice, classified and free-form ones are joined, or the stage is not for them.
     """
     known = {dataset.name: dataset for dataset in HBA.datasets}
-    if isinstance(settings.datasets, str) and settings.datasets != "all":
-        raise ValueError(f"config.bam.datasets {settings.datasets!r} is neither 'all' nor a tuple of datasets")
-    named = [*known] if settings.datasets == "all" else [*settings.datasets]
+    named = [*known] if settings.datasets == "all" else [name.strip() for name in settings.datasets.split(",")]
     flat = [dataset for name in named for dataset in name.split("+")]
     if strange := sorted({*flat} - known.keys()):
-        raise ValueError(f"unknown dataset {', '.join(strange)} in config.bam.datasets; the atlas has {', '.join(known)}")
-    if not flat or len(flat) != len({*flat}):
-        raise ValueError(f"config.bam.datasets {settings.datasets} names none, or one twice")
+        raise ValueError(f"unknown dataset {', '.join(map(repr, strange))} in config.bam.datasets; the atlas has {', '.join(known)}")
+    if len(flat) != len({*flat}):
+        raise ValueError(f"config.bam.datasets {settings.datasets!r} names a dataset twice")
     found = []
     for name in named:
         tasks = {known[dataset].kind for dataset in name.split("+")}
@@ -343,23 +341,24 @@ def _count(site: Site, task: str, batch: Batch) -> jax.Array:
     return jnp.sum((batch["targets"] if site.kind == "answers" else batch["labels"][:, 1:]) >= 0)
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnums=4)
 def step(
     fixed: tuple[Site, nnx.GraphDef, nnx.GraphDef],
     task: str,
     optimizer: optax.GradientTransformation,
-    settings: tuple[int, int, Mapping[str, float]],
+    settings: tuple[int, int, tuple[float, ...]],
     state: TrainState,
     params: nnx.State,
     batch: Batch,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One update of a learner.
+    """One update of a learner; compiled once for all groups whose learners have the same shapes, if they get the same optimizer.
 
     Args:
       fixed: the site, the learner's structure and the thinker's.
       task: `cls` or `qa`.
       optimizer: of `make_optimizer`.
-      settings: seed, micro-batches, and by modality the odds that a sample's descriptor is withheld.
-      state: of the learner.
+      settings: seed, micro-batches, and for each of `MODALITIES` the odds that a sample's descriptor is withheld.
+      state: of the learner; donated.
       params: of the thinker.
       batch: of `Feed.batches`.
     """
@@ -368,7 +367,7 @@ def step(
     key = jax.random.fold_in(jax.random.key(seed), state.step)
     rows = batch["domain"].shape
     dropped = {
-        f"dropped/{name}": jax.random.bernoulli(jax.random.fold_in(key, place), odds[name], rows) for place, name in enumerate(MODALITIES)
+        f"dropped/{name}": jax.random.bernoulli(jax.random.fold_in(key, place), odds[place], rows) for place, name in enumerate(MODALITIES)
     }
     total = jnp.maximum(_count(site, task, batch), 1)
 
@@ -391,8 +390,7 @@ def fit(
     learner: Learner,
     train: Feed,
     validation: Feed,
-    *,
-    double_step: bool,
+    optimizer: optax.GradientTransformation,
 ) -> Learner:
     """Trains a group's learner for `epochs` and returns it as it was when the validation loss was least.
 
@@ -404,18 +402,17 @@ def fit(
       learner: where to begin.
       train: shuffled.
       validation: in fixed order.
-      double_step: see `make_optimizer`.
+      optimizer: of `make_optimizer`.
 
     Raises:
       FloatingPointError: too many updates in a row had gradients that are not finite, or no validation loss was.
     """
     fixed, mesh = train.fixed, train.mesh
-    optimizer = make_optimizer(settings, double_step=double_step)
     graph, trained, frozen = nnx.split(learner, trainable(settings.stage), ...)
     state = fresh_optimizer(TrainState(jnp.zeros((), jnp.int32), trained, frozen, ()), optimizer, mesh)
-    how = (seed, settings.micro_batches, dict(settings.drop))
-    step_fn = jax.jit(functools.partial(step, (fixed.site, graph, fixed.graph), group.task, optimizer, how), donate_argnums=0)
-    loss_fn = jax.jit(functools.partial(_loss_of, fixed.site, group.task, graph, fixed.graph))
+    how = (seed, settings.micro_batches, tuple(settings.drop[modality] for modality in MODALITIES))
+    step_fn = functools.partial(step, (fixed.site, graph, fixed.graph), group.task, optimizer, how)
+    loss_fn = functools.partial(_loss_of, fixed.site, group.task, graph, fixed.graph)
     epoch_steps = train.split.steps_per_epoch
     total = settings.epochs * epoch_steps
     best_so_far: dict[str, Any] = {"best_loss": math.inf, "best_step": 0}
@@ -446,6 +443,7 @@ def fit(
     return nnx.merge(graph, state.trainable, state.frozen)
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _loss_of(
     site: Site, task: str, graph: nnx.GraphDef, below: nnx.GraphDef, learner: nnx.State, params: nnx.State, batch: Batch
 ) -> tuple[jax.Array, jax.Array]:

@@ -41,7 +41,7 @@ SMALL = {
     "bam__hidden__audio": 6,
     "bam__batch_size": 8,
     "bam__epochs": 2,
-    "bam__datasets": ("meld_emotion",),
+    "bam__datasets": "meld_emotion",
     "bam__attention__depths": (1,),
     "bam__attention__width": 8,
     "bam__attention__heads": 2,
@@ -105,7 +105,7 @@ def test_one_job_gives_each_dataset_what_a_run_of_its_own_gives(first: Path, tmp
     """And the second run, another one, finds the states that the first has computed."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(frozen, "progress", lambda *_, **__: pytest.fail("the thinker was run again"))
-        run(tmp_path, bam__datasets=("urfunny",))
+        run(tmp_path, bam__datasets="urfunny")
     assert losses(tmp_path / "bam/urfunny") == losses(first / "urfunny")
     for file in ("adapters.bin", "heads.bin", "scores.json"):
         assert (tmp_path / "bam/urfunny" / file).read_bytes() == (first / "urfunny" / file).read_bytes()
@@ -123,8 +123,8 @@ def test_a_run_that_was_killed_goes_on_to_the_same_end(first: Path, tmp_path: Pa
     with monkeypatch.context() as patch:
         patch.setattr(bam, "check_finite", lambda number, _: killed() if number == 1 else None)
         with pytest.raises(Killed):
-            run(tmp_path, bam__datasets=("urfunny",))
-    run(tmp_path, bam__datasets=("urfunny",))
+            run(tmp_path, bam__datasets="urfunny")
+    run(tmp_path, bam__datasets="urfunny")
     assert losses(tmp_path / "bam/urfunny") == losses(first / "urfunny")
     assert (tmp_path / "bam/urfunny/adapters.bin").read_bytes() == (first / "urfunny/adapters.bin").read_bytes()
 
@@ -134,7 +134,7 @@ def test_a_damaged_state_is_computed_again(first: Path, tmp_path: Path, cache: P
         content = bytearray(file.read_bytes())
         content[len(content) // 2] ^= 1
         file.write_bytes(content)
-    run(tmp_path, bam__datasets=("urfunny",))
+    run(tmp_path, bam__datasets="urfunny")
     np.testing.assert_allclose(losses(tmp_path / "bam/urfunny"), losses(first / "urfunny"), rtol=1e-5)
 
 
@@ -142,7 +142,7 @@ def test_a_damaged_state_is_computed_again(first: Path, tmp_path: Path, cache: P
 @pytest.mark.parametrize("dataset", ["urfunny", "siq2"])
 def test_without_the_store_the_losses_are_the_same(kind: str, dataset: str, tmp_path: Path) -> None:
     """Rows are then encoded in other batches, of other lengths: equal to the rounding of float32."""
-    changes = {"bam__kind": kind, "bam__datasets": (dataset,)}
+    changes = {"bam__kind": kind, "bam__datasets": dataset}
     for cached in (True, False):
         run(tmp_path / str(cached), bam__cached=cached, **changes)
     found = [losses(tmp_path / str(cached) / "bam" / dataset) for cached in (True, False)]
@@ -214,11 +214,10 @@ def test_steps_equal_torchs(twice: bool, tmp_path: Path) -> None:
         optimizer = bam.make_optimizer(made.bam, double_step=double_step)
         state = fresh_optimizer(TrainState(jnp.zeros((), jnp.int32), trained, rest, ()), optimizer, world.mesh_of((1, 1, 1)))
         below, params = nnx.split(tiny.thinker())
-        site, odds = bam.site_of(made.bam, "cls", tiny.TINY, jnp.float32), {"video": 0.0, "audio": 0.0}
-        step = jax.jit(lambda *given: bam.step((site, graph, below), "cls", optimizer, (0, 2, odds), *given))
+        site = bam.site_of(made.bam, "cls", tiny.TINY, jnp.float32)
         found = []
         for _ in range(2):
-            state, metrics = step(state, params, batch)
+            state, metrics = bam.step((site, graph, below), "cls", optimizer, (0, 2, (0.0, 0.0)), state, params, batch)
             found.append(float(metrics["loss"]))
         after = nnx.merge(graph, state.trainable, state.frozen)
         return found, {name: tensor.read() for name, tensor in released_parts(after.heads, after.behaviour, tmp_path).items()}
@@ -267,13 +266,13 @@ def test_behaviour_attention_is_written_and_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"bam__datasets": ("cremad",)}, r"cremad: none of its 13 training samples has a descriptor of video or audio"),
+        ({"bam__datasets": "cremad"}, r"cremad: none of its 13 training samples has a descriptor of video or audio"),
         ({"bam__modalities": ("audio",)}, r"meld_emotion: none of its 15 training samples has a descriptor of audio"),
-        ({"bam__datasets": ("tess",)}, "train has no rows of tess"),
-        ({"bam__datasets": ("mead",)}, "unknown dataset mead .* cremad"),
-        ({"bam__datasets": "mmsd"}, "neither 'all' nor a tuple"),
-        ({"bam__datasets": ("mmsd", "mmsd")}, "twice"),
-        ({"bam__datasets": ("mmsd+siq2",)}, "no adapters in common"),
+        ({"bam__datasets": "tess"}, "train has no rows of tess"),
+        ({"bam__datasets": "mead"}, "unknown dataset 'mead' .* cremad"),
+        ({"bam__datasets": ""}, "unknown dataset ''"),
+        ({"bam__datasets": "mmsd,mmsd"}, "twice"),
+        ({"bam__datasets": "mmsd+siq2"}, "no adapters in common"),
         ({"bam__stage": "heads"}, r"unknown config.bam.stage 'heads'; known: adapters, "),
         ({"bam__kind": "prompt"}, r"unknown config.bam.kind 'prompt'; known: adapter, attention"),
         ({"bam__stage": "adapters"}, "random weights bring none"),
@@ -320,7 +319,7 @@ def test_the_real_shapes_fit(kind: str) -> None:
     state = TrainState(jnp.zeros((), jnp.int32), trained, rest, jax.eval_shape(optimizer.init, trained))
     batch = {**collate_descriptors([None] * 4, bam.descriptor_config(made.bam, trailing_pad=False)), **site.collate([None] * 4, 512)}
     after, metrics = jax.eval_shape(
-        lambda *given: bam.step((site, graph, below), "cls", optimizer, (0, 2, {"video": 0.2, "audio": 0.2}), *given), state, params, batch
+        lambda *given: bam.step((site, graph, below), "cls", optimizer, (0, 2, (0.2, 0.2)), *given), state, params, batch
     )
     assert metrics["loss"].shape == () and jax.tree.map(lambda leaf: leaf.shape, after.trainable) == jax.tree.map(
         lambda leaf: leaf.shape, trained
@@ -331,7 +330,7 @@ def test_the_real_shapes_fit(kind: str) -> None:
 
 def test_free_form_answers_can_train_the_last_block_and_the_head(tmp_path: Path) -> None:
     """Of two datasets together; what is written goes into the thinker's place, and answers come from it."""
-    run(tmp_path, bam__datasets=("siq2+mimeqa",), bam__stage=bam.LAST_BLOCK, bam__lr=1e-2)
+    run(tmp_path, bam__datasets="siq2+mimeqa", bam__stage=bam.LAST_BLOCK, bam__lr=1e-2)
     folder = tmp_path / "bam/siq2+mimeqa"
     found, start = read_safetensors(folder / "tail.safetensors"), started()
     assert {name for name in found if not name.startswith("model.layers.1.")} == {"lm_head.weight"} and len(found) == 13
@@ -355,7 +354,7 @@ def test_released_adapters_are_evaluated_as_they_are(tmp_path: Path) -> None:
     assert not (folder / "best").exists() and {*json.loads((folder / "scores.json").read_text())} == {*adapt.CONTROLS}
     for changes_too, says in (
         ({"bam__hidden__video": 7}, "has a video adapter .*config.bam asks for"),
-        ({"bam__datasets": ("meld_emotion", "mmsd")}, "adapters of one dataset"),
+        ({"bam__datasets": "meld_emotion, mmsd"}, "adapters of one dataset"),
         ({"bam__kind": "attention"}, "would leave them out"),
     ):
         with pytest.raises(ValueError, match=says):
