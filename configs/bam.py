@@ -17,7 +17,7 @@ def get_config(size: str = "mini") -> ConfigDict:
     config.bam = ConfigDict(
         {
             "kind": "adapter",  # the published one: pooled descriptors make a residual; or attention: to their frames
-            "datasets": "all",  # a set of parameters each; or names with commas between them, those that share a set joined: mmsd,siq2+mimeqa
+            "datasets": "all",  # a set of parameters each; or names; those that share a set joined: mmsd,siq2+mimeqa
             "stage": "adapters+heads",  # what is trained: adapters, or for free-form datasets adapters+lm_head+last_block
             "modalities": ("video", "audio"),
             "hidden": {"video": 256, "audio": 512},
