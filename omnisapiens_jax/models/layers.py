@@ -27,6 +27,11 @@ _REMAT_POLICIES: dict[Remat, Any] = {
 }
 
 
+def _all_but_slices(primitive: Any, *_: Any, **__: Any) -> bool:
+    """A remat policy: the backward pass takes slices of stacked weights again, or they would be kept, copied, for every layer."""
+    return primitive.name not in ("dynamic_slice", "squeeze")
+
+
 def shard(x: jax.Array, *names: str | None) -> jax.Array:
     """Constrains an activation's layout by logical names; does nothing outside a mesh."""
     return with_logical_constraint(x, names)
@@ -255,7 +260,9 @@ class Stack(nnx.Module):
             layer_state, x = inputs
             return body(nnx.merge(graph, layer_state), carry, x)
 
-        return jax.lax.scan(self._remembered(step), carry, (state, xs), length=self.depth)
+        if self.remat != "none":
+            step = jax.checkpoint(step, policy=_REMAT_POLICIES[self.remat], prevent_cse=False)
+        return jax.lax.scan(step, carry, (state, xs), length=self.depth)
 
     def _run_part(self, body: Callable[[Any, Any, Any], tuple[Any, Any]], carry: Any, xs: Any, start: int, stop: int) -> tuple[Any, Any]:
         """`run` of some of the stacked layers; the others cost nothing, forwards or backwards.
@@ -271,11 +278,9 @@ class Stack(nnx.Module):
             return body(nnx.merge(graph, own, read), carry, x)
 
         sliced = jax.tree.map(lambda leaf: leaf[start:stop], factors)
-        return jax.lax.scan(self._remembered(step), carry, (jnp.arange(start, stop), sliced), length=stop - start)
-
-    def _remembered(self, step: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
-        """A layer's step, of which the backward pass remembers what `remat` says."""
-        return step if self.remat == "none" else jax.checkpoint(step, policy=_REMAT_POLICIES[self.remat], prevent_cse=False)
+        policy = _all_but_slices if self.remat == "none" else _REMAT_POLICIES[self.remat]
+        step = jax.checkpoint(step, policy=policy, prevent_cse=False)
+        return jax.lax.scan(step, carry, (jnp.arange(start, stop), sliced), length=stop - start)
 
     def layer(self, index: int) -> nnx.Module:
         """One layer with buffers of its own (-1: the last)."""
