@@ -99,7 +99,7 @@ def read_behaviour(folder: Path, thinker: ThinkerConfig) -> BehaviourAttention:
     try:
         with safe_open(path, framework="np") as file:
             described = json.loads((file.metadata() or {})["config"])
-        config = AttentionConfig(**{**described, "depths": tuple(described["depths"])})
+        config = AttentionConfig(**{**described, "depths": tuple(described["depths"]), "streams": tuple(map(tuple, described["streams"]))})
         made = nnx.eval_shape(lambda: BehaviourAttention(config, thinker, rngs=nnx.Rngs(0)))
     except (SafetensorError, KeyError, TypeError, ValueError) as reason:
         raise ConversionError(f"{path} does not describe behaviour attention for this thinker ({reason})") from reason

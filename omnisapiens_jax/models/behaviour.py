@@ -42,22 +42,23 @@ class AttentionConfig:
       width: of an encoded frame.
       heads: of each attention.
       head_dim: width of a head, even.
-      streams: features of a frame, by sequence: `landmarks`, `low_level`, or both.
+      streams: name and features of a frame of each sequence: `landmarks`, `low_level`, or both. (Pairs: what a module keeps is hashed.)
     """
 
     depths: tuple[int, ...]
     width: int
     heads: int
     head_dim: int
-    streams: Mapping[str, int]
+    streams: tuple[tuple[str, int], ...]
 
     def __post_init__(self) -> None:
         known = [name for name, _ in _STREAMS]
-        if not self.streams or not set(self.streams) <= set(known):
-            raise ValueError(f"behaviour attention reads {', '.join(known)}, at least one of them; not {sorted(self.streams)}")
+        names = [name for name, _ in self.streams]
+        if names not in ([known[0]], [known[1]], known):
+            raise ValueError(f"behaviour attention reads {', '.join(known)}, at least one of them, in this order; not {names}")
         if not self.depths or list(self.depths) != sorted(set(self.depths)) or self.depths[0] < 1:
             raise ValueError(f"behaviour attention stands after one or more layers, each named once, rising from 1; not {self.depths}")
-        if min(self.width, self.heads, self.head_dim, *self.streams.values()) < 1 or self.head_dim % 2:
+        if min(self.width, self.heads, self.head_dim, *(size for _, size in self.streams)) < 1 or self.head_dim % 2:
             raise ValueError(f"widths of behaviour attention are at least 1 and head_dim is even: {self}")
 
     def check(self, layers: int) -> None:
@@ -126,7 +127,7 @@ class BehaviourAttention(nnx.Module):
         """Gates are zero: nothing changes until they have learnt to open."""
         config.check(thinker.text.num_layers)
         self.config, self.per_second = config, thinker.position_id_per_seconds
-        self.encoders = nnx.Dict({name: FrameEncoder(size, config.width, rngs=rngs) for name, size in sorted(config.streams.items())})
+        self.encoders = nnx.Dict({name: FrameEncoder(size, config.width, rngs=rngs) for name, size in config.streams})
         self.layers = nnx.List([GatedAttention(config, thinker.text.hidden_size, rngs=rngs) for _ in config.depths])
 
     def remember(self, batch: Mapping[str, jax.Array], dropped: Dropped | None = None) -> Frames:

@@ -198,7 +198,7 @@ def attention_config(settings: ml_collections.ConfigDict, modalities: Sequence[s
     """The shapes that `bam.attention` asks for, for a group that has descriptors of some modalities."""
     widths = {"video": ("landmarks", FRAME_WIDTH), "audio": ("low_level", LOW_LEVEL_WIDTH)}
     shape = settings.attention
-    streams = dict(widths[modality] for modality in modalities)
+    streams = tuple(widths[modality] for modality in modalities)
     return AttentionConfig(tuple(shape.depths), shape.width, shape.heads, shape.head_dim, streams)
 
 

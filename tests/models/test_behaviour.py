@@ -16,7 +16,7 @@ from omnisapiens_jax.models.behaviour import AttentionConfig, BehaviourAttention
 from omnisapiens_jax.models.thinker import Thinker
 from tests import tiny
 
-SHAPES = AttentionConfig(depths=(1,), width=12, heads=2, head_dim=8, streams={"landmarks": 10, "low_level": 6})
+SHAPES = AttentionConfig(depths=(1,), width=12, heads=2, head_dim=8, streams=(("landmarks", 10), ("low_level", 6)))
 LENGTHS, SLOTS, TOKENS = (5, 9, 12), 12, 6
 TOLERANCE = 1e-5  # float32: sums of up to 32 products of numbers around 1
 
@@ -192,7 +192,7 @@ def followed(given: dict[str, np.ndarray], tokens: np.ndarray) -> dict[str, np.n
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"streams": {"faces": 3}}, "landmarks, low_level"),
+        ({"streams": (("faces", 3),)}, "landmarks, low_level"),
         ({"depths": (2, 1)}, "rising"),
         ({"depths": ()}, "one or more"),
         ({"head_dim": 7}, "even"),
