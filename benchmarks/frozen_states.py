@@ -85,7 +85,7 @@ def main() -> None:
             graph, state = create_state(config.model, config.seed, mesh)
             atlas = Atlas(config, thinker_config(config.model))
             run = Adapting(config, Path(folder), mesh, atlas, graph, parameters(state))
-            feed = gather(run, group.task, group.datasets).feed(config.atlas.train, group.datasets, train=True)
+            feed = gather(run, group.task, group.datasets).encoded().feed(config.atlas.train, group.datasets, train=True)
             found = epochs(run, group, feed, kind, arguments.rounds)
         cached, computed = (float(np.median(found[name][0])) for name in ("cached", "computed"))
         both = [np.asarray(found[name][1]) for name in ("cached", "computed")]

@@ -135,10 +135,20 @@ class Material:
 
     run: Adapting
     task: str
+    datasets: Sequence[str]
     fixed: Fixed
-    held_out: Split
+    splits: Mapping[str, Split]
     descriptors: Mapping[str, Behaviour]
-    states: Mapping[str, FrozenStates]
+    states: Mapping[str, FrozenStates] = dataclasses.field(default_factory=dict)
+
+    def encoded(self) -> Material:
+        """With the states of all splits: the frozen thinker is run once over every sample that has none yet."""
+        run, fixed, states = self.run, self.fixed, {}
+        for name, split in self.splits.items():
+            if self.task == "cls" or name != run.config.atlas.test:  # free-form answers are generated, from prompts alone
+                again = functools.partial(run.split, name, self.datasets, self.task)
+                states[name] = encode(fixed.site, fixed.graph, fixed.params, split, again, run.mesh, resources.cache() / "states")
+        return dataclasses.replace(self, states=states)
 
     def feed(self, name: str, datasets: Sequence[str], *, train: bool = False) -> Feed:
         """Batches of some datasets' rows of a split: shuffled, in `batch_size` rows, to `train`; else in order."""
@@ -146,44 +156,46 @@ class Material:
         split = self.run.split(name, datasets, self.task, None if kept is None else kept.ids, train=train)
         return Feed(split, kept, self.descriptors[name], self.fixed, self.run.mesh)
 
+    def modalities(self, group: Group) -> list[str]:
+        """Those that the run wants and some training sample of a group has."""
+        train = self.run.config.atlas.train
+        index = self.splits[train].pipeline.planner.index
+        present = self.descriptors[train].present(index.ids[_rows(group.datasets, None)(index)])
+        return [modality for modality in MODALITIES if modality in self.run.settings.modalities and present[modality]]
+
 
 def gather(run: Adapting, task: str, datasets: Sequence[str]) -> Material:
-    """Reads the descriptors of all splits, and runs the frozen thinker once over every sample that has no states yet."""
+    """Opens the splits, so that a row that cannot be used is told before the long work, and reads their descriptors."""
     atlas, thinker = run.config.atlas, run.classifier.thinker
     below, params = nnx.split(thinker)
     site = bam.site_of(run.settings, task, thinker.config, thinker.decoder.dtype)
-    # Before the long work: a row that cannot be used is told now. Free-form answers are generated, from prompts alone.
-    held_out = run.prompts(datasets)
-    splits = [run.split(name, datasets, task) for name in (atlas.train, atlas.validation)]
-    splits += [held_out]
-    descriptors = {split.name: run.descriptors(split) for split in splits}
-    states = {}
-    for split in splits if run.settings.cached else ():
-        if task == "cls" or split is not held_out:
-            again = functools.partial(run.split, split.name, datasets, task)
-            states[split.name] = encode(site, below, params, split, again, run.mesh, resources.cache() / "states")
-    return Material(run, task, Fixed(site, below, params), held_out, descriptors, states)
+    splits = {name: run.split(name, datasets, task) for name in (atlas.train, atlas.validation)}
+    splits[atlas.test] = run.prompts(datasets)
+    return Material(
+        run, task, datasets, Fixed(site, below, params), splits, {name: run.descriptors(split) for name, split in splits.items()}
+    )
 
 
 def _adapt_task(run: Adapting, task: str, groups: Sequence[Group], *, everything: bool) -> None:
     """The groups of one task: one pass over the thinker, then one group after the other."""
     atlas, settings = run.config.atlas, run.settings
     material = gather(run, task, [dataset for group in groups for dataset in group.datasets])
+    bare = [group.name for group in groups if not material.modalities(group)]
+    if bare and not everything:
+        raise ValueError(
+            f"no training sample of {', '.join(bare)} has a descriptor of {' or '.join(settings.modalities)}. Make them (python -m "
+            "omnisapiens_jax.processing.descriptors), or leave these datasets out of config.bam.datasets"
+        )
+    if bare:
+        console.print(f"left out, for want of descriptors: {', '.join(bare)}")
+    if settings.cached:
+        material = material.encoded()
     optimizer = bam.make_optimizer(settings, double_step=run.config.compat.adapter_steps == "twice")
     for group in groups:
-        train = material.feed(atlas.train, group.datasets, train=True)
-        ids = train.split.pipeline.planner.index.ids
-        present = train.descriptors.present(ids)
-        modalities = [modality for modality in MODALITIES if modality in settings.modalities and present[modality]]
-        said = ", ".join(f"{present[modality]} with {modality} descriptors" for modality in MODALITIES)
-        console.print(f"{group.name}: {len(ids)} training samples, {said}")
-        if not modalities:
-            if everything:
-                continue
-            raise ValueError(
-                f"{group.name}: none of its {len(ids)} training samples has a descriptor of {' or '.join(settings.modalities)}. Make "
-                "them (python -m omnisapiens_jax.processing.descriptors), or leave the dataset out of config.bam.datasets"
-            )
+        if group.name in bare:
+            continue
+        train, modalities = material.feed(atlas.train, group.datasets, train=True), material.modalities(group)
+        console.print(f"{group.name}: {len(train.split.pipeline.planner.index)} training samples, descriptors of {', '.join(modalities)}")
         learner = make_learner(run, group, train, modalities)
         folder = run.workdir / "bam" / group.name
         if settings.epochs:

@@ -80,7 +80,7 @@ def check(settings: ml_collections.ConfigDict, thinker: ThinkerConfig) -> None:
             raise ValueError(f"config.bam.drop.{modality} {odds} is a probability, from 0 to less than 1")
     groups(settings)
     if settings.kind == "attention":
-        attention_config(settings, settings.modalities).check(thinker.text.num_layers)
+        attention_config(settings, [modality for modality in MODALITIES if modality in settings.modalities]).check(thinker.text.num_layers)
         descriptor_config(settings, trailing_pad=False)
         if not all(settings.attention[name] for name in ("landmarks", "low_level")):
             raise ValueError("config.bam.attention.landmarks and low_level say how many frames are read: at least 1")

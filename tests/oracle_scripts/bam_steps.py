@@ -13,23 +13,23 @@ def run(
     folder: str,
     labels: list[int],
     pooled: np.ndarray,
-    descriptors: dict[str, np.ndarray],
-    present: dict[str, np.ndarray],
+    modalities: list[str],
     domains: np.ndarray,
     targets: np.ndarray,
     lr: float,
     adapter_lr: float,
     steps: int,
     twice: bool,
+    **given: np.ndarray,
 ) -> dict[str, np.ndarray]:
-    """Args: heads.bin and adapters.bin lie in the folder; pooled [B, D]; by modality descriptors [B, F] and where they are [B]; twice:
+    """Args: heads.bin and adapters.bin lie in the folder; pooled [B, D]; given: MODALITY_descriptors [B, F] and MODALITY_present [B]; twice:
     the adapters are in the first optimizer as well. Returns: the losses, and all parameters afterwards by their released names."""
     states = torch.from_numpy(pooled)
     heads = nn.ModuleList(nn.Linear(states.shape[1], count) for count in labels)
     heads.load_state_dict({name.removeprefix("heads."): value for name, value in torch.load(Path(folder) / "heads.bin").items()})
     kept = torch.load(Path(folder) / "adapters.bin")
     adapters = nn.ModuleDict()
-    for modality in descriptors:
+    for modality in modalities:
         own = {name.removeprefix(f"{modality}_adapter."): value for name, value in kept.items() if name.startswith(modality)}
         hidden, features = own["mlp.0.weight"].shape
         adapters[modality] = Adapter(features, hidden, states.shape[1], True, False, False, False)
@@ -40,7 +40,10 @@ def run(
     for _ in range(steps):
         total = states
         for modality, adapter in adapters.items():
-            total = total + adapter(torch.from_numpy(descriptors[modality])) * torch.from_numpy(present[modality])[:, None]
+            total = (
+                total
+                + adapter(torch.from_numpy(given[f"{modality}_descriptors"])) * torch.from_numpy(given[f"{modality}_present"])[:, None]
+            )
         loss = nn.functional.cross_entropy(scores(heads, total, torch.from_numpy(domains)), torch.from_numpy(targets))
         for optimizer in optimizers:
             optimizer.zero_grad()

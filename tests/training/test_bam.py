@@ -197,8 +197,9 @@ def test_steps_equal_torchs(twice: bool, tmp_path: Path) -> None:
         folder=str(tmp_path),
         labels=parts.LABELS,
         pooled=batch["pooled"],
-        descriptors={name: batch[f"{name}_descriptor"] for name in ORDER},
-        present={name: batch[f"{name}_present"].astype(np.float32) for name in ORDER},
+        modalities=ORDER,
+        **{f"{name}_descriptors": batch[f"{name}_descriptor"] for name in ORDER},
+        **{f"{name}_present": batch[f"{name}_present"].astype(np.float32) for name in ORDER},
         domains=parts.DOMAINS,
         targets=parts.TARGETS,
         lr=LR,
@@ -265,8 +266,8 @@ def test_behaviour_attention_is_written_and_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"bam__datasets": "cremad"}, r"cremad: none of its 13 training samples has a descriptor of video or audio"),
-        ({"bam__modalities": ("audio",)}, r"meld_emotion: none of its 15 training samples has a descriptor of audio"),
+        ({"bam__datasets": "cremad"}, "no training sample of cremad has a descriptor of video or audio"),
+        ({"bam__modalities": ("audio",)}, "no training sample of meld_emotion has a descriptor of audio"),
         ({"bam__datasets": "tess"}, "train has no rows of tess"),
         ({"bam__datasets": "mead"}, "unknown dataset 'mead' .* cremad"),
         ({"bam__datasets": ""}, "unknown dataset ''"),
