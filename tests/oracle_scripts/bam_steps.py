@@ -22,8 +22,8 @@ def run(
     twice: bool,
     **given: np.ndarray,
 ) -> dict[str, np.ndarray]:
-    """Args: heads.bin and adapters.bin lie in the folder; pooled [B, D]; given: MODALITY_descriptors [B, F] and MODALITY_present [B]; twice:
-    the adapters are in the first optimizer as well. Returns: the losses, and all parameters afterwards by their released names."""
+    """Args: heads.bin and adapters.bin lie in the folder; pooled [B, D]; twice: the adapters are in the first optimizer as well; given:
+    MODALITY_descriptors [B, F] and MODALITY_present [B]. Returns: losses, and all parameters afterwards by their released names."""
     states = torch.from_numpy(pooled)
     heads = nn.ModuleList(nn.Linear(states.shape[1], count) for count in labels)
     heads.load_state_dict({name.removeprefix("heads."): value for name, value in torch.load(Path(folder) / "heads.bin").items()})
