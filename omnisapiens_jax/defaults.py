@@ -21,6 +21,11 @@ COMPAT = {
     "labels": ("response", "shifted"),  # the generative SFT teaches the prompt's last token, and never the end of a response
     "lora_scope": ("named", "suffix"),  # LoRA on whatever ends in the name of a decoder's projection, in the towers too
     "schedule": ("updates", "micro_batches"),  # a schedule that counts micro-batches: a constant rate after 25 updates of warm-up
+    "adapter_steps": ("once", "twice"),  # BAM adapters stepped by the optimizer of the heads too, at its rate, before their own
+    "descriptor_padding": (
+        "parts",
+        "trailing",
+    ),  # a clip without a face has 468 points: padded behind everything, not the face
 }
 SWITCHED = ("feed_media", "system")  # how media are read in that is not in `processing`, because a switch of `compat` says it
 
@@ -56,6 +61,7 @@ def base(size: str) -> ConfigDict:
             "path": "",  # the folder of the splits; empty = the miniature atlas, made on first use
             "samples": 4500,  # of the miniature atlas
             "seed": 0,
+            "landmarks": False,  # whether the miniature atlas has descriptors of its faces
             "train": "train",  # a split in any form that the folder has it, or a .jsonl or .parquet file
             "validation": "validation",
             "test": "test",

@@ -25,7 +25,7 @@ def config(job: str, size: str, **changes: Any) -> Any:
 
 
 def test_by_default_everything_is_right() -> None:
-    for job in ("rl", "generative", "sft", "qa"):
+    for job in ("rl", "generative", "sft", "qa", "bam"):
         made = world.runpy.run_path(str(world.resource(f"configs/{job}.py")))["get_config"]("7b")
         assert defaults.with_compat(made).to_dict() == made.copy_and_resolve_references().to_dict()
         assert made.compat.to_dict() == {name: right for name, (right, _) in defaults.COMPAT.items()}

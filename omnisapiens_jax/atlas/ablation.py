@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
-from omnisapiens_jax.atlas.schema import Sample
+from omnisapiens_jax.atlas.schema import MEDIA_FIELDS, Sample
 from omnisapiens_jax.atlas.sources import Source
 from omnisapiens_jax.processing.chat import transcript_span
 
@@ -29,9 +30,9 @@ class WithoutTranscripts:
         """Changes with the rows, and differs from that of the rows themselves."""
         return f"{self.source.fingerprint()} without transcripts"
 
-    def stamp(self, index: int) -> str:
+    def stamp(self, index: int, fields: Sequence[str] = MEDIA_FIELDS) -> str:
         """That of the row itself."""
-        return self.source.stamp(index)
+        return self.source.stamp(index, fields)
 
     def file(self, index: int) -> str:
         """That of the row itself."""

@@ -6,6 +6,7 @@ import hashlib
 import os
 import threading
 from collections import OrderedDict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from omnisapiens_jax.atlas.schema import Sample, SampleError, sample_from_row
+from omnisapiens_jax.atlas.schema import MEDIA_FIELDS, Sample, SampleError, sample_from_row
 from omnisapiens_jax.atlas.sources import checked
 
 
@@ -83,8 +84,8 @@ class ParquetSource:
         """SHA-256 over the shards' names, sizes and footers."""
         return self._digest
 
-    def stamp(self, index: int) -> str:
-        """Nothing: the media are inside."""
+    def stamp(self, index: int, fields: Sequence[str] = MEDIA_FIELDS) -> str:
+        """Nothing: the files are inside."""
         return ""
 
     def file(self, index: int) -> str:

@@ -22,6 +22,7 @@ from omnisapiens_jax.processing.descriptors.read import (
     DescriptorError,
     read_audio_descriptor,
     read_video_descriptor,
+    trailing_pad,
 )
 from omnisapiens_jax.processing.media import open_container
 
@@ -111,7 +112,7 @@ def encode(sample: Sample) -> Encoded:
     row["names"] = list(sample.names)
     for name, field in _DESCRIPTORS.items():
         try:
-            descriptor = _descriptor(sample, field, row["videos"])
+            descriptor = read_descriptor(sample, field)
         except DescriptorError as reason:
             faults.append(sample.error(str(reason), kind="descriptor", field=field))
             descriptor = None
@@ -152,25 +153,38 @@ def _media_bytes(sample: Sample, field: str, item: Media) -> bytes:
     return content
 
 
-def _descriptor(sample: Sample, field: str, videos: Sequence[bytes]) -> Descriptor | None:
+def read_descriptor(sample: Sample, field: str, *, compat_trailing_pad: bool = False) -> Descriptor | None:
+    """The descriptor of a sample, None where it has none: it names no file, or one that was never made, or one without a frame.
+
+    Args:
+        sample: the row.
+        field: `ext_video_feats` or `ext_audio_feats`; only the first that it names is ever used.
+        compat_trailing_pad: as in `read_video_descriptor`.
+
+    Raises:
+        DescriptorError: the file is broken.
+    """
     items: Sequence[Feature] = getattr(sample, field)
-    item = items[0] if items else None  # only the first is ever used
+    item = items[0] if items else None
     match item:
+        case Descriptor() if compat_trailing_pad and field == "ext_video_feats":
+            return trailing_pad(item)
         case None | Descriptor():
             return item
         case Path() if not item.exists():
             return None
     if field == "ext_audio_feats":
         return read_audio_descriptor(item)
-    return read_video_descriptor(item, fps=_frame_rate(videos[0]) if videos else None)
+    rate = _frame_rate(sample.videos[0]) if sample.videos else None
+    return read_video_descriptor(item, fps=rate, compat_trailing_pad=compat_trailing_pad)
 
 
-def _frame_rate(video: bytes) -> float | None:
+def _frame_rate(video: Media) -> float | None:
     """Frames a second by the container's header; None where it does not say."""
     try:
-        with open_container(io.BytesIO(video)) as container:
+        with open_container(io.BytesIO(video if isinstance(video, bytes) else video.read_bytes())) as container:
             rate = container.streams.video[0].average_rate if container.streams.video else None
-    except (av.error.FFmpegError, UnicodeDecodeError):
+    except (av.error.FFmpegError, OSError, ValueError):  # a name with a null byte is the last
         return None  # the sample's own fault, found when it is decoded
     return float(rate) if rate else None
 

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -43,8 +44,8 @@ class Source(Protocol):
         """A digest that changes with the rows: what a cache computed from them is keyed by."""
         ...
 
-    def stamp(self, index: int) -> str:
-        """Changes when a media file that the row names does; "" where the fingerprint says it all."""
+    def stamp(self, index: int, fields: Sequence[str] = MEDIA_FIELDS) -> str:
+        """Changes when a file that the row names in one of these fields does; "" where the fingerprint says it all."""
         ...
 
     def file(self, index: int) -> str:
@@ -145,13 +146,13 @@ class JsonlSource:
         """SHA-256 of the file."""
         return self._digest
 
-    def stamp(self, index: int) -> str:
-        """Size and time of every media file that the row names, "-" for one that is not there; and the stamp of the tars."""
+    def stamp(self, index: int, fields: Sequence[str] = MEDIA_FIELDS) -> str:
+        """Size and time of every file that the row names in these fields, "-" for one that is not there; and the stamp of the tars."""
         try:
             row = self._row(checked(index, len(self)))
         except SampleError:
             return ""
-        named = [row.get(field) for field in MEDIA_FIELDS]
+        named = [row.get(field) for field in fields]
         paths = [self.path.parent / name for names in named if isinstance(names, list) for name in names if isinstance(name, str)]
         return " ".join([*map(_file_stamp, paths), self._tars.stamp]).strip()
 
@@ -225,8 +226,8 @@ class ArrayRecordSource:
         """SHA-256 over the checksums of the shards."""
         return self._receipt.fingerprint(self.split)
 
-    def stamp(self, index: int) -> str:
-        """Nothing: the media are inside."""
+    def stamp(self, index: int, fields: Sequence[str] = MEDIA_FIELDS) -> str:
+        """Nothing: the files are inside."""
         return ""
 
     def file(self, index: int) -> str:

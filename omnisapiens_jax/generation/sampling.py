@@ -9,16 +9,17 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from omnisapiens_jax.models.config import ThinkerConfig
 from omnisapiens_jax.models.decoder import Cache, KeyValue
 from omnisapiens_jax.models.layers import shard
-from omnisapiens_jax.models.thinker import Batch, Thinker, last_token, response_positions
+from omnisapiens_jax.models.thinker import Batch, response_positions
 
 Array = TypeVar("Array", jax.Array, np.ndarray)
 Other = TypeVar("Other", jax.Array, np.ndarray)
@@ -66,6 +67,7 @@ class DecodeState(NamedTuple):
     prompt_kv: Cache
     prompt_segments: jax.Array  # [G, P]
     cache: Cache
+    remembered: Any  # what the policy keeps of the prompts besides
     keys: jax.Array  # [G, n] PRNG keys
     done: jax.Array  # [G, n] bool
     responses: Responses[jax.Array]
@@ -82,10 +84,44 @@ def rollout_keys(seed: int, step: jax.Array | int, prompt_ids: jax.Array, rollou
     return jax.vmap(lambda prompt: jax.vmap(lambda rollout: one(prompt, rollout))(jnp.arange(rollouts)))(prompt_ids)
 
 
+class Policy(Protocol):
+    """What can be sampled from: a thinker, or one with descriptors. See `Thinker` for the methods."""
+
+    @property
+    def config(self) -> ThinkerConfig:
+        """Its shapes."""
+        ...
+
+    def prefill(self, batch: Batch) -> tuple[jax.Array, Cache, Any]:
+        """What decoding begins with, the last of it to be handed to every `decode`."""
+        ...
+
+    def decode(
+        self,
+        tokens: jax.Array,
+        positions: jax.Array,
+        prompt_kv: Cache,
+        prompt_segments: jax.Array,
+        cache: Cache,
+        step: jax.Array,
+        remembered: Any,
+    ) -> tuple[jax.Array, Cache]:
+        """One token."""
+        ...
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """Of the states that the others give."""
+        ...
+
+    def unroll(self) -> None:
+        """Makes a list of the decoder's layers."""
+        ...
+
+
 class Generator:
     """Samples responses with the parameters it is given; compiles two programs for each bucket of prompts."""
 
-    def __init__(self, thinker: Thinker, sampling: Sampling, *, unroll: bool):
+    def __init__(self, thinker: Policy, sampling: Sampling, *, unroll: bool):
         """`thinker` gives the structure (abstract arrays will do); `unroll` decodes with a list of layers (faster on CPU)."""
         graph, params = nnx.split(thinker)
         self.sampling, self._unroll = sampling, unroll
@@ -114,13 +150,11 @@ class Generator:
         return state.responses
 
     def _start(self, view: nnx.State, batch: Batch, keys: jax.Array) -> DecodeState:
-        thinker: Thinker = nnx.merge(self._graph, view)
+        thinker: Policy = nnx.merge(self._graph, view)
         sampling = self.sampling
         text = thinker.config.text
         groups, rollouts = batch["tokens"].shape[0], sampling.rollouts
-        hidden, prompt_kv = thinker.decoder.prefill(thinker.embed(batch), batch["positions"], batch["segment_ids"])
-        assert prompt_kv is not None
-        first = last_token(hidden.last, batch["prompt_length"])
+        first, prompt_kv, remembered = thinker.prefill(batch)
         shape = (groups * rollouts, sampling.max_tokens, text.num_kv_heads, text.head_dim)
         if isinstance(prompt_kv, list):
             cache: Cache = [KeyValue(jnp.zeros(shape, first.dtype), jnp.zeros(shape, first.dtype)) for _ in prompt_kv]
@@ -135,13 +169,14 @@ class Generator:
             prompt_kv=prompt_kv,
             prompt_segments=batch["segment_ids"],
             cache=cache,
+            remembered=remembered,
             keys=keys,
             done=jnp.broadcast_to(~batch["row_mask"][:, None], (groups, rollouts)),
             responses=Responses(jnp.full(tokens, sampling.pad, jnp.int32), jnp.zeros(tokens, jnp.float32), jnp.zeros(tokens, bool)),
         )
 
     def _chunk(self, view: nnx.State, state: DecodeState) -> tuple[DecodeState, jax.Array]:
-        thinker: Thinker = nnx.merge(self._graph, view)
+        thinker: Policy = nnx.merge(self._graph, view)
         sampling = self.sampling
         stop = jnp.minimum(state.step + sampling.chunk, sampling.max_tokens)
 
@@ -157,9 +192,9 @@ class Generator:
                 *(jax.lax.dynamic_update_slice(old, new[..., None], place) for old, new in zip(state.responses, written, strict=True))
             )
             done = state.done | jnp.isin(token, jnp.asarray(sampling.eos))
-            x = thinker.decoder.embed(token)
             positions = state.positions + state.step
-            hidden, cache = thinker.decoder.decode(x, positions, state.prompt_kv, state.prompt_segments, state.cache, state.step)
+            prompt, cache = (state.prompt_kv, state.prompt_segments), state.cache
+            hidden, cache = thinker.decode(token, positions, *prompt, cache, state.step, state.remembered)
             return state._replace(step=state.step + 1, hidden=hidden, cache=cache, done=done, responses=responses)
 
         state = jax.lax.while_loop(wanted, one, state)
@@ -167,9 +202,9 @@ class Generator:
         return state._replace(responses=responses), jnp.all(state.done)
 
 
-def _unrolled(graph: nnx.GraphDef, params: nnx.State) -> Thinker:
-    thinker: Thinker = nnx.merge(graph, params)
-    thinker.decoder.layers.unroll()
+def _unrolled(graph: nnx.GraphDef, params: nnx.State) -> Policy:
+    thinker: Policy = nnx.merge(graph, params)
+    thinker.unroll()
     return thinker
 
 

@@ -1,10 +1,12 @@
 """The Qwen2.5 decoder with TMRoPE: whole rows, prompts with groups of responses behind them, and one decoded token at a time.
 
-All three read the same layers through `DecoderLayer.project` and `DecoderLayer.finish`, so sampler and learner share one forward.
+All three read the same layers through `DecoderLayer.project` and `DecoderLayer.finish`, so sampler and learner share one forward. A row can
+also be taken a part of the way, and something can be put `between` two layers.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -25,6 +27,9 @@ class KeyValue(NamedTuple):
 
 
 Cache = KeyValue | list[KeyValue]  # stacked, or one entry a layer when the stack is unrolled
+# What changes the states `[..., T, D]` that so many layers have made, before the next one reads them.
+Between = Mapping[int, Callable[[jax.Array], jax.Array]]
+_NOTHING: Between = {}
 
 
 class Hidden(NamedTuple):
@@ -115,7 +120,28 @@ class Decoder(nnx.Module):
         hidden, _ = self.prefill(x, positions, segments, keep=False)
         return hidden
 
-    def prefill(self, x: jax.Array, positions: jax.Array, segments: jax.Array, *, keep: bool = True) -> tuple[Hidden, Cache | None]:
+    def through(
+        self, x: jax.Array, positions: jax.Array, segments: jax.Array, *, start: int = 0, stop: int, between: Between = _NOTHING
+    ) -> jax.Array:
+        """States `[B, T, D]` that `stop` layers have made, from those `x` that `start` layers have made; no norm at the end.
+
+        The other layers are not run. What stands `between` at `start` or `stop` is applied as well.
+        """
+        angles = self.angles(positions)
+
+        def body(layer: DecoderLayer, x: jax.Array, _: None) -> tuple[jax.Array, None]:
+            return layer(x, angles, segments)[0], None
+
+        x = shard(x, "batch", "length", "act_embed")
+        return self._run(body, x, None, lambda x, change: change(x), between, start, stop)[0]
+
+    def penultimate(self, x: jax.Array, positions: jax.Array, segments: jax.Array) -> jax.Array:
+        """`Hidden.penultimate` `[B, T, D]` alone, of what `__call__` takes: the last layer is not run."""
+        return self.through(x, positions, segments, stop=self.config.num_layers - 1)
+
+    def prefill(
+        self, x: jax.Array, positions: jax.Array, segments: jax.Array, *, keep: bool = True, between: Between = _NOTHING
+    ) -> tuple[Hidden, Cache | None]:
         """As `__call__`, and (when `keep`) every layer's keys and values `[L, B, T, K, H]` (a list of `KeyValue` when unrolled)."""
         angles = self.angles(positions)
 
@@ -123,17 +149,28 @@ class Decoder(nnx.Module):
             last, kv = layer(carry.last, angles, segments)
             return Hidden(last, carry.last), kv if keep else None
 
-        hidden, kv = self.layers.run(body, Hidden(shard(x, "batch", "length", "act_embed"), x))
+        start = Hidden(shard(x, "batch", "length", "act_embed"), x)
+        changed = lambda carry, change: Hidden(change(carry.last), carry.penultimate)  # noqa: E731
+        hidden, kv = self._run(body, start, None, changed, between, 0, self.config.num_layers)
         return Hidden(self.norm(hidden.last), hidden.penultimate), kv
 
-    def penultimate(self, x: jax.Array, positions: jax.Array, segments: jax.Array) -> jax.Array:
-        """`Hidden.penultimate` `[B, T, D]` alone, of what `__call__` takes: the last layer is not run."""
-        angles = self.angles(positions)
-
-        def body(layer: DecoderLayer, x: jax.Array) -> jax.Array:
-            return layer(x, angles, segments)[0]
-
-        return self.layers.run_first(self.config.num_layers - 1, body, shard(x, "batch", "length", "act_embed"))
+    def _run(
+        self, body: Any, carry: Any, xs: Any, changed: Callable[[Any, Any], Any], between: Between, start: int, stop: int
+    ) -> tuple[Any, Any]:
+        """`Stack.run` of layers `start` to `stop - 1`, in as many parts as what stands between them makes of it."""
+        parts = []
+        for depth in sorted({stop, *(depth for depth in between if start <= depth <= stop)}):
+            if depth > start:
+                carry, ys = self.layers.run(body, carry, xs, start=start, stop=depth)
+                parts.append(ys)
+                start = depth
+            if depth in between:
+                carry = changed(carry, between[depth])
+        if len(parts) <= 1:
+            return carry, parts[0] if parts else None
+        if isinstance(parts[0], list):
+            return carry, [y for part in parts for y in part]
+        return carry, jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
 
     def grouped(
         self,
@@ -185,6 +222,7 @@ class Decoder(nnx.Module):
         prompt_segments: jax.Array,
         cache: Cache,
         step: jax.Array,
+        between: Between = _NOTHING,
     ) -> tuple[jax.Array, Cache]:
         """One token of every response; its keys are written into `cache` at `step`, in place when the cache is donated.
 
@@ -195,6 +233,7 @@ class Decoder(nnx.Module):
           prompt_segments: `[B, P]`.
           cache: `[L, B * n, R, K, H]` (a list when unrolled).
           step: scalar index of the token in its response.
+          between: gets the states as `[B, n, D]`.
 
         Returns: normed states `[B, n, D]` and the cache.
         """
@@ -216,7 +255,11 @@ class Decoder(nnx.Module):
 
         depth = self.config.num_layers
         xs = list(zip(prompt_kv, range(depth), strict=True)) if unrolled else (prompt_kv, jnp.arange(depth))
-        (x, cache), _ = self.layers.run(body, (x.reshape(batch * rollouts, 1, width), cache), xs)
+
+        def changed(carry: tuple[jax.Array, Cache], change: Any) -> tuple[jax.Array, Cache]:
+            return change(carry[0].reshape(batch, rollouts, width)).reshape(carry[0].shape), carry[1]
+
+        (x, cache), _ = self._run(body, (x.reshape(batch * rollouts, 1, width), cache), xs, changed, between, 0, depth)
         return self.norm(x).reshape(batch, rollouts, width), cache
 
     def _response_angles(self, positions: jax.Array) -> jax.Array:

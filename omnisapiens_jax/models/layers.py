@@ -238,17 +238,22 @@ class Stack(nnx.Module):
 
         self.block: nnx.Module | nnx.List = make_all(rngs)
 
-    def run(self, body: Callable[[Any, Any, Any], tuple[Any, Any]], carry: Any, xs: Any = None) -> tuple[Any, Any]:
-        """Like `jax.lax.scan` over the layers: `body(layer, carry, x) -> (carry, y)`; `xs` and `ys` lead with `depth`.
+    def run(
+        self, body: Callable[[Any, Any, Any], tuple[Any, Any]], carry: Any, xs: Any = None, *, start: int = 0, stop: int | None = None
+    ) -> tuple[Any, Any]:
+        """Like `jax.lax.scan` over the layers: `body(layer, carry, x) -> (carry, y)`; `xs` leads with `depth`, `ys` with the layers run.
 
-        When unrolled, `xs` is a list with one entry a layer and so is `ys`.
+        When unrolled, `xs` is a list with one entry a layer and so is `ys`. Only layers `start` to `stop - 1` are run.
         """
+        stop = self.depth if stop is None else stop
         if isinstance(self.block, nnx.List):
             ys = []
-            for i, layer in enumerate(self.block):
-                carry, y = body(layer, carry, None if xs is None else xs[i])
+            for i in range(start, stop):
+                carry, y = body(self.block[i], carry, None if xs is None else xs[i])
                 ys.append(y)
             return carry, ys
+        if (start, stop) != (0, self.depth):
+            return self._run_part(body, carry, xs, start, stop)
         graph, state = nnx.split(self.block)
 
         def step(carry: Any, inputs: tuple[nnx.State, Any]) -> tuple[Any, Any]:
@@ -259,35 +264,35 @@ class Stack(nnx.Module):
             step = jax.checkpoint(step, policy=_REMAT_POLICIES[self.remat], prevent_cse=False)
         return jax.lax.scan(step, carry, (state, xs), length=self.depth)
 
-    def run_first(self, count: int, body: Callable[[Any, Any], Any], carry: Any) -> Any:
-        """`body(layer, carry) -> carry` over the first `count` layers alone; the others cost nothing, forwards or backwards.
+    def _run_part(self, body: Callable[[Any, Any, Any], tuple[Any, Any]], carry: Any, xs: Any, start: int, stop: int) -> tuple[Any, Any]:
+        """`run` of some of the stacked layers; the others cost nothing, forwards or backwards.
 
-        The layers' weights are read where they lie: a slice of the stack, which a scan would want, is a copy of nearly all weights. Only
-        LoRA factors, which are small and trained, are sliced, so that their gradients need not be added up in a whole stack.
+        The layers' weights are read where they lie: a slice of the stack, which a scan would want, is a copy of them. Only LoRA factors,
+        which are small and trained, are sliced, so that their gradients need not be added up in a whole stack.
         """
-        if isinstance(self.block, nnx.List):
-            for layer in list(self.block)[:count]:
-                carry = body(layer, carry)
-            return carry
         graph, factors, weights = nnx.split(self.block, LoraParam, ...)
 
-        def step(carry: Any, inputs: tuple[jax.Array, nnx.State]) -> tuple[Any, None]:
+        def step(carry: Any, inputs: tuple[jax.Array, nnx.State]) -> tuple[Any, Any]:
             index, own = inputs
-            read = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), weights)
-            return body(nnx.merge(graph, own, read), carry), None
+            read, x = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), (weights, xs))
+            return body(nnx.merge(graph, own, read), carry, x)
 
-        sliced = jax.tree.map(lambda leaf: leaf[:count], factors)
+        sliced = jax.tree.map(lambda leaf: leaf[start:stop], factors)
         policy = _all_but_slices if self.remat == "none" else _REMAT_POLICIES[self.remat]
-        return jax.lax.scan(jax.checkpoint(step, policy=policy, prevent_cse=False), carry, (jnp.arange(count), sliced), length=count)[0]
+        step = jax.checkpoint(step, policy=policy, prevent_cse=False)
+        return jax.lax.scan(step, carry, (jnp.arange(start, stop), sliced), length=stop - start)
+
+    def layer(self, index: int) -> nnx.Module:
+        """One layer with buffers of its own (-1: the last)."""
+        if isinstance(self.block, nnx.List):
+            return nnx.clone(self.block[index])
+        graph, state = nnx.split(self.block)
+
+        def take(leaf: nnx.Param) -> nnx.Variable:
+            return leaf.replace(leaf[...][index], out_sharding=leaf.get_metadata("out_sharding")[1:])
+
+        return nnx.merge(graph, jax.tree.map(take, state, is_leaf=lambda leaf: isinstance(leaf, nnx.Param)))
 
     def unroll(self) -> None:
         """Replaces the stacked layers by a list of single ones (inference only)."""
-        graph, state = nnx.split(self.block)
-
-        def layer(index: int) -> nnx.Module:
-            def take(leaf: nnx.Param) -> nnx.Variable:
-                return leaf.replace(leaf[...][index], out_sharding=leaf.get_metadata("out_sharding")[1:])
-
-            return nnx.merge(graph, jax.tree.map(take, state, is_leaf=lambda leaf: isinstance(leaf, nnx.Param)))
-
-        self.block = nnx.List([layer(index) for index in range(self.depth)])
+        self.block = nnx.List([self.layer(index) for index in range(self.depth)])

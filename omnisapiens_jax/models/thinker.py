@@ -13,7 +13,7 @@ from jax.custom_derivatives import SymbolicZero
 
 from omnisapiens_jax.models.audio import AudioEncoder
 from omnisapiens_jax.models.config import ThinkerConfig
-from omnisapiens_jax.models.decoder import Decoder, Hidden
+from omnisapiens_jax.models.decoder import Cache, Decoder, Hidden
 from omnisapiens_jax.models.layers import Build, Linear, LoraConfig, Remat, shard
 from omnisapiens_jax.models.vision import VisionEncoder
 
@@ -90,6 +90,29 @@ class Thinker(nnx.Module):
         )
         first = last_token(prompt, batch["prompt_length"])[:, None, None]  # [B, 1, 1, D]
         return jnp.concatenate([jnp.broadcast_to(first, (*states.shape[:2], 1, states.shape[-1])), states[:, :, :-1]], axis=2)
+
+    def prefill(self, batch: Batch) -> tuple[jax.Array, Cache, tuple[()]]:
+        """What decoding begins with: states `[B, D]` that predict each first token, every layer's keys, and nothing else to remember."""
+        hidden, kv = self.decoder.prefill(self.embed(batch), batch["positions"], batch["segment_ids"])
+        assert kv is not None
+        return last_token(hidden.last, batch["prompt_length"]), kv, ()
+
+    def decode(
+        self,
+        tokens: jax.Array,
+        positions: jax.Array,
+        prompt_kv: Cache,
+        prompt_segments: jax.Array,
+        cache: Cache,
+        step: jax.Array,
+        remembered: tuple[()],
+    ) -> tuple[jax.Array, Cache]:
+        """States `[B, n, D]` that predict the token after `tokens [B, n]`, and the cache; see `Decoder.decode`."""
+        return self.decoder.decode(self.decoder.embed(tokens), positions, prompt_kv, prompt_segments, cache, step)
+
+    def unroll(self) -> None:
+        """Makes a list of the decoder's layers, see `Stack`."""
+        self.decoder.layers.unroll()
 
     def head(self) -> jax.Array:
         """The LM head `[D, V]`: its own, or the transposed table of token embeddings where they are tied."""

@@ -95,6 +95,12 @@ def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()}
 
 
+def meet(name: str) -> None:
+    """Returns when all processes have called it; `name` is the same in each of them."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
 def local_rows(array: jax.Array) -> np.ndarray:
     """This process's rows of a global array that is divided along its first axis, the opposite of `put_batch`."""
     if array.is_fully_addressable:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -47,9 +48,11 @@ def rows_of_kind(kind: str, rows: Rows | None = None) -> Rows:
 class Split:
     """Rows of one split and the pipeline that batches them."""
 
+    name: str
     source: Source
     pipeline: Pipeline
     zero: bool  # silence and black stand in for media that cannot be used
+    identity: str  # a digest of the rows and of how examples are made of them, but not of their media
 
     @property
     def steps_per_epoch(self) -> int:
@@ -163,7 +166,8 @@ class Atlas:
         else:
             buckets = choose_buckets(index, plan, cost, count=atlas.buckets)
         pipeline = Pipeline(source, recipe, Planner(index, buckets, plan), how, host=jax.process_index(), faults=faults)
-        return Split(source, pipeline, zero=atlas.on_error == "zero")
+        made = f"{source.fingerprint()} {recipe.fingerprint()} {recipe.prompts} {recipe.labels} {atlas.on_error == 'zero'}"
+        return Split(name, source, pipeline, atlas.on_error == "zero", hashlib.sha256(made.encode()).hexdigest())
 
     def source(self, name: str) -> Source:
         """The rows of one split."""
@@ -174,4 +178,6 @@ class Atlas:
 
         atlas = self._config.atlas
         with Bar("making the miniature atlas", total=atlas.samples, at_once=False) as bar:
-            return generate.atlas(atlas.samples, atlas.seed, cache=resources.cache(), progress=lambda done, _: bar.reach(done))
+            return generate.atlas(
+                atlas.samples, atlas.seed, landmarks=atlas.landmarks, cache=resources.cache(), progress=lambda done, _: bar.reach(done)
+            )

@@ -35,7 +35,8 @@ from omnisapiens_jax.processing.chat import FORMAT_PROMPTS
 from omnisapiens_jax.rl.loss import PolicyLossConfig
 from omnisapiens_jax.rl.rewards import RewardConfig
 from omnisapiens_jax.rl.similarity import Similarity
-from omnisapiens_jax.training import rl, sft
+from omnisapiens_jax.training import bam, rl, sft
+from omnisapiens_jax.training.adapt import adapt
 from omnisapiens_jax.training.data import QUARANTINE, Atlas, Rows, Split, rows_of_kind
 from omnisapiens_jax.training.journal import Bar, Compilations, console, read_metrics
 from omnisapiens_jax.training.losses import ANSWERS, CLASSES, Objective
@@ -234,9 +235,14 @@ def _evaluate(run: Run, state: TrainState) -> None:
     run.compare()
 
 
+def _bam(run: Run, state: TrainState) -> None:
+    adapt(run.config, run.workdir, run.mesh, run.atlas, run.graph, parameters(state))
+
+
 _LESSONS = {"generative": RESPONSES, "sft": LABELS, "qa": FREE_FORM}
 JOBS: dict[str, Callable[[Run, TrainState], None]] = {
     "rl": _rl,
+    "bam": _bam,
     **{job: functools.partial(_supervised, lesson=lesson) for job, lesson in _LESSONS.items()},
     "evaluate": _evaluate,
 }
@@ -265,6 +271,13 @@ def check(config: ml_collections.ConfigDict, mesh: Mesh) -> None:
         rows, updates = ("prompts", config.rl.updates) if name == "rl" else ("batch_size", 1)
         if config[name].rows != "none":
             batches.append((f"{name}.{rows}", config[name][rows], updates, config[name].micro_batches))
+    if "bam" in config:
+        bam.check(config.bam, thinker_config(config.model))
+        batches.append(("bam.batch_size", config.bam.batch_size, 1, config.bam.micro_batches))
+        if config.atlas.batches == "packed":
+            raise ValueError("config.atlas.batches packed is not for bam: descriptors belong to a row; choose homogeneous or mixed")
+        if config.bam.cached and (config.atlas.training.audio_dropout or config.atlas.training.video_dropout):
+            raise ValueError("config.atlas.training withholds media, but states are computed once: set config.bam.cached=False")
     for name, value, known in wanted:
         if value not in known:
             raise ValueError(f"unknown config.{name} {value!r}; known: {', '.join(known)}")
@@ -286,7 +299,7 @@ def check(config: ml_collections.ConfigDict, mesh: Mesh) -> None:
         raise ValueError("config.model.weights is empty: name the checkpoint to evaluate, such as the stage runs/rl/rl of a run")
     PlanConfig(batch_size=1, **config.atlas.training)
     trainable_filter(config.model)
-    heads = tuple(len(domain.labels) for domain in HBA.domains) if config.job == "sft" else ()
+    heads = tuple(len(domain.labels) for domain in HBA.domains) if config.job in ("sft", "bam") else ()
     if tuple(config.model.heads) != heads:
         raise ValueError(f"config.model.heads {tuple(config.model.heads)} must be {heads} in a run of the job {config.job}")
     if (config.model.trains == "lm_head") != (config.job == "qa"):

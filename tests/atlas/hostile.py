@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import io
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +91,7 @@ class Hostile:
     def fingerprint(self):
         return f"{self.kind} {self.count}"
 
-    def stamp(self, index: int) -> str:
+    def stamp(self, index: int, fields: Sequence[str] = ()) -> str:
         return ""
 
     def file(self, index: int) -> str:

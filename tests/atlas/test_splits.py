@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ class Rows(list):
     def fingerprint(self):
         return ""
 
-    def stamp(self, index: int) -> str:
+    def stamp(self, index: int, fields: Sequence[str] = ()) -> str:
         return ""
 
     def file(self, index: int) -> str:

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import math
 import re
+from collections.abc import Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -196,7 +197,7 @@ def test_media_that_cannot_be_embedded_are_named(folder: Path, test_rows: Source
         def fingerprint(self) -> str:
             return ""
 
-        def stamp(self, index: int) -> str:
+        def stamp(self, index: int, fields: Sequence[str] = ()) -> str:
             return ""
 
         def file(self, index: int) -> str:

@@ -36,10 +36,12 @@ SEED = 0
 Progress = Callable[[int, int], None]  # rows done, rows in all
 
 
-def atlas(samples: int = SAMPLES, seed: int = SEED, *, cache: Path | None = None, progress: Progress | None = None) -> Path:
+def atlas(
+    samples: int = SAMPLES, seed: int = SEED, *, landmarks: bool = False, cache: Path | None = None, progress: Progress | None = None
+) -> Path:
     """The folder of the atlas with these arguments, made on first use under `cache` (default `resources.cache()`)."""
-    target = (cache or resources.cache()) / f"atlas-{VERSION}-{seed}-{samples}"
-    return target if target.exists() else generate(target, samples, seed, progress=progress)
+    target = (cache or resources.cache()) / f"atlas-{VERSION}-{seed}-{samples}{'-landmarks' if landmarks else ''}"
+    return target if target.exists() else generate(target, samples, seed, landmarks=landmarks, progress=progress)
 
 
 def generate(

@@ -103,6 +103,20 @@ def read_video_descriptor(
     return Descriptor(pooled, sequence, times)
 
 
+def trailing_pad(descriptor: Descriptor) -> Descriptor:
+    """A video's descriptor as `compat_trailing_pad` pools it, which one that was read before must be turned into.
+
+    A released file shows 468 points of a face exactly where no frame of the clip has a face, and they are zero then.
+    """
+    first, points = 3 * PARTS["pose"], 3 * PARTS["face"]
+    means, deviations = descriptor.pooled[:FRAME_WIDTH], descriptor.pooled[FRAME_WIDTH:]
+    if np.any(means[first : first + points]) or np.any(deviations[first : first + points]):
+        return descriptor
+    surplus = 3 * (PARTS["face"] - FACE_WITHOUT_IRISES)
+    shorter = np.concatenate([np.delete(half, np.s_[first : first + surplus]) for half in (means, deviations)])
+    return dataclasses.replace(descriptor, pooled=np.pad(shorter, (0, VIDEO_WIDTH - len(shorter))))
+
+
 def read_audio_descriptor(data: bytes | Path, name: str = "audio descriptor") -> Descriptor | None:
     """The openSMILE functionals of a sound, and its low-level descriptors where the file has them; None where it holds no window at all.
 
