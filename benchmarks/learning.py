@@ -2,7 +2,7 @@
 
 For every seed: the warm start (it sees the answers of a third of the training split), the policy after GRPO (which sees the rest through
 rewards alone), supervised training on all of the split as a ceiling, and the policy with one modality blanked; all on the held-out split,
-greedily decoded. Runs lie in DIR/rl-SEED and DIR/sft-SEED: one that is finished is only read, one that was stopped goes on.
+greedily decoded. Runs lie in DIR/rl-SEED and DIR/generative-SEED: one that is finished is only read, one that was stopped goes on.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from omnisapiens_jax.training import jobs
 from omnisapiens_jax.training.journal import read_metrics
 
 BEGIN, END = "<!-- learning: written by benchmarks/learning.py -->", "<!-- /learning -->"
-_WANTED = {"rl": ("before", "after", *(f"after-without-{m}" for m in MODALITIES)), "sft": ("sft",)}
+_WANTED = {"rl": ("before", "after", *(f"after-without-{m}" for m in MODALITIES)), "generative": ("generative",)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +87,7 @@ def table(outcomes: dict[int, Outcome]) -> str:
         ("warm start", shares("before")),
         ("after RL", shares("after")),
         ("**gain by RL**", change("before", "after")),
-        ("SFT on all answers (ceiling)", shares("sft")),
+        ("SFT on all answers (ceiling)", shares("generative")),
         *((f"after RL, without {m}: change", change("after", f"after-without-{m}")) for m in MODALITIES),
         ("minutes in training steps", [f"{value:.1f}" for value in (*minutes, np.mean(minutes))]),
     ]

@@ -105,7 +105,8 @@ def distribution(samples: int, seed: int = 0) -> tuple[Index, np.ndarray]:
     order = rng.permutation(sum(len(part[0]) for part in parts))
     sizes, patches, datasets, signatures = (np.concatenate(column)[order] for column in zip(*parts, strict=True))
     zeros = np.zeros(len(sizes), np.int32)
-    return Index(np.arange(len(sizes)), signatures, tuple(names), sizes.astype(np.int32), zeros, datasets, zeros), patches
+    sources = (tuple(sorted(DATASETS)), ("any_cls",))
+    return Index(np.arange(len(sizes)), signatures, tuple(names), sizes.astype(np.int32), zeros, datasets, zeros, *sources), patches
 
 
 def _layout(width: int, height: int) -> tuple[int, int, int, int]:

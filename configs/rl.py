@@ -9,7 +9,8 @@ def get_config(size: str = "mini") -> ConfigDict:
     mini = size == "mini"
     config = defaults.base(size)
     config.job = "rl"
-    config.warm_start = ConfigDict({"rows": "third" if mini else "none", **defaults.sft(size)})  # whose answers may be seen; none = skip
+    config.warm_start = defaults.supervised(size)
+    config.warm_start.rows = "third" if mini else "none"  # whose answers may be seen; none = skip
     if mini:
         config.warm_start.steps = 300  # a third of the rows is learnt by then
     config.rl = ConfigDict(

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning on all of the training split, to the minimum of the validation loss."""
+"""Stage 1 of OmniSapiens SFT: a classification head for each domain, LoRA on the decoder (mini: all of it) below them."""
 
 from ml_collections import ConfigDict
 
@@ -6,7 +6,20 @@ from omnisapiens_jax import defaults
 
 
 def get_config(size: str = "mini") -> ConfigDict:
+    mini = size == "mini"
     config = defaults.base(size)
     config.job = "sft"
-    config.sft = ConfigDict({"rows": "all", **defaults.sft(size)})
+    config.model.heads = defaults.HEADS
+    config.processing.format_prompt = "none"  # heads read the prompt, and nobody answers
+    config.sft = ConfigDict(
+        {
+            "rows": "all",
+            "batch_size": 32 if mini else 512,
+            "micro_batches": 1 if mini else 128,
+            "steps": 500 if mini else 570,  # of the whole atlas: five epochs
+            "eval_every": 50 if mini else 57,
+            "patience": 4,  # evaluations without a new minimum
+            "optim": defaults.optimizer(schedule="cosine", warmup=50, lr=1e-3 if mini else 1e-4, weight_decay=0.0, clip=0.0),
+        }
+    )
     return config

@@ -6,6 +6,18 @@ from ml_collections import ConfigDict
 
 SIZES = ("mini", "3b", "7b")
 _DECODER = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+HEADS = (7, 8, 2, 2, 2, 2, 2)  # labels of each domain of Human Behavior Atlas
+
+# What is done right by default (first) and otherwise by the published code (second); `with_compat` knows those that mean other settings.
+COMPAT = {
+    "media_inputs": ("fed", "text_only"),  # SFT and BAM never feed media: of them only the placeholders' own embeddings are left
+    "system_prompt": ("always", "with_audio"),  # the generative SFT gives the official system sentence to rows with sound alone
+    "truncation": ("transcript", "right"),  # what a prompt that is too long loses; "right" only where no media are fed
+    "qa_prompts": ("whole", "padding"),  # QA teaches answers behind padding instead of the prompt; only where no media are fed
+    "labels": ("response", "shifted"),  # the generative SFT teaches the prompt's last token, and never the end of a response
+    "lora_scope": ("named", "suffix"),  # LoRA on whatever ends in the name of a decoder's projection, in the towers too
+    "schedule": ("updates", "micro_batches"),  # a schedule that counts micro-batches: a constant rate after 25 updates of warm-up
+}
 
 
 def base(size: str) -> ConfigDict:
@@ -23,6 +35,8 @@ def base(size: str) -> ConfigDict:
             "dtype": "float32" if mini else "bfloat16",
             "param_dtype": "float32" if mini else "bfloat16",
             "remat": "none" if mini else "full",
+            "heads": (),  # labels of each classification head; empty = a thinker alone
+            "trains": "thinker",  # (its LoRA factors where there are any), or lm_head: it alone. Heads always are
             "lora": {  # rank 0 = train every parameter
                 "rank": 0 if mini else 32,
                 "alpha": 64.0,
@@ -72,7 +86,30 @@ def base(size: str) -> ConfigDict:
     )
     config.generation = ConfigDict({"unroll": mini, "chunk": 16, "max_tokens": 24 if mini else 2048})
     config.eval_batch = 64
+    config.compat = ConfigDict({name: right for name, (right, _) in COMPAT.items()})
     config.blanked = ()  # modalities (text, audio, video) without which the final policy is evaluated once more
+    return config
+
+
+def with_compat(config: ConfigDict) -> ConfigDict:
+    """A copy of a run's config in which the switches of `compat` that stand for other settings have changed those.
+
+    Raises:
+      ValueError: a switch is not one of `COMPAT`, or wants media not to be fed.
+    """
+    config = config.copy_and_resolve_references()
+    for name, known in COMPAT.items():
+        if config.compat[name] not in known:
+            raise ValueError(f"unknown config.compat.{name} {config.compat[name]!r}; known: {', '.join(known)}")
+        if name in ("truncation", "qa_prompts") and config.compat[name] == known[1] and config.compat.media_inputs == "fed":
+            raise ValueError(f"config.compat.{name} {known[1]} loses places of media: it needs config.compat.media_inputs=text_only")
+    if config.compat.lora_scope == "suffix":
+        towers = {"audio": ("q_proj", "k_proj", "v_proj"), "vision": ("gate_proj", "up_proj", "down_proj")}
+        config.model.lora.targets.update({"decoder": _DECODER, **towers})
+    if config.compat.schedule == "micro_batches":
+        for stage in ("generative", "sft", "qa"):
+            if stage in config:
+                config[stage].optim.update({"schedule": "constant", "warmup": 25})
     return config
 
 
@@ -83,11 +120,12 @@ def optimizer(**changes: float | str) -> ConfigDict:
     return config
 
 
-def sft(size: str) -> ConfigDict:
-    """Supervised fine-tuning to the minimum of the validation loss."""
+def supervised(size: str) -> ConfigDict:
+    """Supervised fine-tuning on responses, to the minimum of the validation loss."""
     mini = size == "mini"
     return ConfigDict(
         {
+            "rows": "all",
             "batch_size": 32 if mini else 64,
             "micro_batches": 1 if mini else 16,
             "steps": 500 if mini else 3000,

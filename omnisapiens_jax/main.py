@@ -63,7 +63,10 @@ def _bundled(argument: str) -> str:
 
 
 _CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "Config file or bundled name (rl, sft), and :size (mini, 3b, 7b). --config.NAME=VALUE sets one value.", lock_config=True
+    "config",
+    None,
+    "Config file or bundled name (rl, generative, sft, qa), and :size (mini, 3b, 7b). --config.NAME=VALUE sets one value.",
+    lock_config=True,
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; a run found there goes on.", required=True)
 _PROCESSES = flags.DEFINE_string("processes", "", "Of a run over several hosts: 'auto' (as the cluster says) or 'HOST:PORT,N,I'.")

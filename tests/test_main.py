@@ -24,5 +24,7 @@ def test_a_bare_name_is_a_config_of_the_package(given: list[str], read: list[str
 
 
 def test_an_unknown_name_is_answered_with_the_known_ones() -> None:
-    with pytest.raises(SystemExit, match=r"no config 'foo' travels with the package; known: rl, sft\. .*--config=\./foo\.py"):
+    with pytest.raises(
+        SystemExit, match=r"no config 'foo' travels with the package; known: generative, qa, rl, sft\. .*--config=\./foo\.py"
+    ):
         main._arguments(["--config=foo"])

@@ -22,7 +22,7 @@ from omnisapiens_jax import defaults, resources
 from omnisapiens_jax.atlas import explore
 from omnisapiens_jax.atlas.lengths import length_index
 from omnisapiens_jax.atlas.plan import PlanConfig
-from omnisapiens_jax.atlas.recipe import Recipe
+from omnisapiens_jax.atlas.recipe import Recipe, target_text
 from omnisapiens_jax.atlas.sources import open_source
 from omnisapiens_jax.models.config import ThinkerConfig
 from omnisapiens_jax.processing.chat import FORMAT_PROMPTS
@@ -57,7 +57,7 @@ def _lengths(options: argparse.Namespace, console: Console) -> None:
     if options.tokenizer is None and options.size != "mini":
         raise ValueError(f"--size {options.size} needs --tokenizer DIR: the folder of a checkpoint, which has its vocabulary")
     tokenizer = open_tokenizer(options.tokenizer or resources.resource("data/mini"))
-    recipe = Recipe(tokenizer, model, _processing(options.size), max_tokens=config.atlas.max_tokens, with_target=True)
+    recipe = Recipe(tokenizer, model, _processing(options.size), max_tokens=config.atlas.max_tokens, target=target_text)
     source = open_source(options.path)
     columns = (TextColumn("measuring"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:

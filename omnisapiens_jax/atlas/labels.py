@@ -108,6 +108,10 @@ class LabelScheme:
             raise KeyError(f"unknown label {answer!r} of dataset {dataset!r}; its labels are: {', '.join(self.dataset(dataset).labels)}")
         return self.mapping[key]
 
+    def place(self, dataset: str, answer: str) -> tuple[int, int]:
+        """Head and global class index of a gold answer, (-1, -1) of a free-form one. Raises `KeyError` as `head` and `index` do."""
+        return (-1, -1) if self.dataset(dataset).domain is None else (self.head(dataset), self.index(dataset, answer))
+
     def prediction(self, dataset: str, text: str) -> int:
         """Global class index of a predicted text within the dataset's *domain*, or -1 when it is no label of that domain."""
         return self._index.get((self._domain(dataset), text.strip().lower()), -1)

@@ -128,6 +128,8 @@ def _index(rows: Sequence[_Row]) -> Index:
         excess=np.array([row.excess for _, row in good], np.int32),
         datasets=datasets,
         tasks=tasks,
+        dataset_names=tuple(kinds[1]),
+        task_names=tuple(kinds[2]),
     )
 
 

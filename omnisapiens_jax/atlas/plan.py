@@ -36,6 +36,8 @@ class Index:
         excess: `[N]` int32 tokens that the transcript must lose for the sample to fit (already gone from `sizes`); mostly 0.
         datasets: `[N]` int32 number of each sample's dataset, in the order of their sorted names.
         tasks: `[N]` int32 number of its task, likewise.
+        dataset_names: those sorted names.
+        task_names: likewise.
     """
 
     ids: np.ndarray
@@ -45,6 +47,8 @@ class Index:
     excess: np.ndarray
     datasets: np.ndarray
     tasks: np.ndarray
+    dataset_names: tuple[str, ...]
+    task_names: tuple[str, ...]
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -109,6 +109,15 @@ class Source:
         """What heads and adapters there are. Raises ConversionError, listing them, if some are not what they should be."""
         return part_shapes(self.parts, self.config.text.hidden_size, self.path)
 
+    def untied(self) -> Source:
+        """The same with an LM head of its own: a tied one is the table of token embeddings."""
+        if not self.config.tie_head:
+            return self
+        config = dataclasses.replace(self.config, tie_head=False)
+        return dataclasses.replace(
+            self, config=config, tensors={**self.tensors, "lm_head.weight": self.tensors["model.embed_tokens.weight"]}
+        )
+
     def merged(self) -> Source:
         """The thinker of a checked source with its LoRA factors added to the weights, `W + scale * B A`, in float32."""
         if self.lora is None:

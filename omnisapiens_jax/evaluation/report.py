@@ -45,13 +45,13 @@ def write_report(workdir: Path, curves: Curves, *, test: Source, train: Source, 
 
     Args:
       workdir: with `config.json`, `evaluation-*.json` and, after RL, `rl/rollouts/*.npz`.
-      curves: metrics of the stages `warm_start`, `sft` and `rl`, as far as they were run.
+      curves: metrics by stage (`warm_start`, `generative`, `sft`, `qa`, `rl`), as far as they were run.
       test: the rows that were evaluated.
       train: the rows that rollouts were sampled for.
       scheme: what datasets and answers may be.
     """
     found = {path.stem.removeprefix("evaluation-"): load_answers(path) for path in sorted(workdir.glob("evaluation-*.json"))}
-    final = next((found[name] for name in ("after", "sft", "before") if name in found), [])
+    final = next((found[name] for name in ("after", "generative", "sft", "qa", "before") if name in found), [])
     blanked = [(m, paired(*_common(final, found[name]))) for m in MODALITIES if (name := f"after-without-{m}") in found]
     first = None
     if "before" in found and "after" in found:

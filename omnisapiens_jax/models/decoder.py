@@ -69,6 +69,11 @@ class DecoderLayer(nnx.Module):
         q, k, v = shard(q, "batch", "length", "act_heads", None), *(shard(a, "batch", "length", "act_kv_heads", None) for a in (k, v))
         return rotate(q, angles), KeyValue(rotate(k, angles), v)
 
+    def __call__(self, x: jax.Array, angles: jax.Array, segments: jax.Array) -> tuple[jax.Array, KeyValue]:
+        """Whole rows, causal inside each segment: `x [B, T, D]` -> the same after this layer, and its keys and values."""
+        query, kv = self.project(x, angles)
+        return self.finish(x, attend(query, kv.key, kv.value, segments, segments, causal=True).out), kv
+
     def finish(self, x: jax.Array, attended: jax.Array) -> jax.Array:
         """Adds the attention output `[B, T, N, H]` and the MLP to the residual stream `x [B, T, D]`."""
         x = x + self.self_attn.o_proj(attended.reshape(*x.shape[:2], -1))
@@ -115,12 +120,20 @@ class Decoder(nnx.Module):
         angles = self.angles(positions)
 
         def body(layer: DecoderLayer, carry: Hidden, _: None) -> tuple[Hidden, KeyValue | None]:
-            query, kv = layer.project(carry.last, angles)
-            attended = attend(query, kv.key, kv.value, segments, segments, causal=True).out
-            return Hidden(layer.finish(carry.last, attended), carry.last), kv if keep else None
+            last, kv = layer(carry.last, angles, segments)
+            return Hidden(last, carry.last), kv if keep else None
 
         hidden, kv = self.layers.run(body, Hidden(shard(x, "batch", "length", "act_embed"), x))
         return Hidden(self.norm(hidden.last), hidden.penultimate), kv
+
+    def penultimate(self, x: jax.Array, positions: jax.Array, segments: jax.Array) -> jax.Array:
+        """`Hidden.penultimate` `[B, T, D]` alone, of what `__call__` takes: the last layer is not run."""
+        angles = self.angles(positions)
+
+        def body(layer: DecoderLayer, x: jax.Array) -> jax.Array:
+            return layer(x, angles, segments)[0]
+
+        return self.layers.run_first(self.config.num_layers - 1, body, shard(x, "batch", "length", "act_embed"))
 
     def grouped(
         self,

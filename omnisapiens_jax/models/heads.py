@@ -17,11 +17,24 @@ _BUILD = Build("heads", jnp.float32, jnp.float32)  # small, and what is read off
 def pool(states: jax.Array, mask: jax.Array) -> jax.Array:
     """Mean `[B, D]` in float32 of the states `[B, T, D]` where `mask [B, T]` is true; zero for a row without any.
 
-    The released heads read the `penultimate` states of a thinker. Their sums can overflow half precision.
+    Of packed rows, whose mask is `[B, S, T]`, the mean of each sample, `[B, S, D]`. The released heads read the `penultimate` states of a
+    thinker. Their sums can overflow half precision.
     """
     weights = mask.astype(jnp.float32)
-    total = jnp.einsum("btd,bt->bd", states.astype(jnp.float32), weights, precision=jax.lax.Precision.HIGHEST)
-    return total / jnp.maximum(weights.sum(axis=1), 1.0)[:, None]
+    total = jnp.einsum("btd,b...t->b...d", states.astype(jnp.float32), weights, precision=jax.lax.Precision.HIGHEST)
+    return total / jnp.maximum(weights.sum(axis=-1), 1.0)[..., None]
+
+
+def own_tokens(segments: jax.Array, domains: jax.Array) -> jax.Array:
+    """Which of a row's tokens are a sample's, words and places of media alike: `[B, T]`, of packed rows `[B, S, T]`.
+
+    Args:
+      segments: `[B, T]`, as `processing.example.collate` numbers them.
+      domains: `[B]`, or `[B, S]` of packed rows; only the shape is read.
+    """
+    if domains.ndim == 1:
+        return segments == 1
+    return segments[:, None] == 1 + jnp.arange(domains.shape[1])[:, None]
 
 
 class DomainHeads(nnx.Module):
@@ -33,13 +46,14 @@ class DomainHeads(nnx.Module):
         self.affine = Linear(_BUILD, "heads", (width, sum(labels)), ("embed", None), bias=True, rngs=rngs)
 
     def __call__(self, pooled: jax.Array, domains: jax.Array) -> jax.Array:
-        """Logits `[B, C]` over the labels of all domains, in their order.
+        """Logits `[..., C]` over the labels of all domains, in their order.
 
         Args:
-          pooled: `[B, D]` of `pool`.
-          domains: `[B]`, each row's domain. Labels of other domains get half of the least float32, all of them where it is negative
+          pooled: `[..., D]` of `pool`.
+          domains: `[...]`, each sample's domain. Labels of other domains get half of the least float32, all of them where it is negative
             (a row without classes).
         """
         of_label = jnp.asarray(np.repeat(np.arange(len(self.labels)), self.labels))
         logits = self.affine(pooled)
-        return shard(jnp.where(domains[:, None] == of_label, logits, jnp.finfo(jnp.float32).min / 2), "batch", None)
+        scored = jnp.where(domains[..., None] == of_label, logits, jnp.finfo(jnp.float32).min / 2)
+        return shard(scored, "batch", *[None] * (scored.ndim - 1))

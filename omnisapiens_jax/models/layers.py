@@ -250,9 +250,31 @@ class Stack(nnx.Module):
             layer_state, x = inputs
             return body(nnx.merge(graph, layer_state), carry, x)
 
-        if self.remat != "none":
-            step = jax.checkpoint(step, policy=_REMAT_POLICIES[self.remat], prevent_cse=False)
-        return jax.lax.scan(step, carry, (state, xs), length=self.depth)
+        return jax.lax.scan(self._remembered(step), carry, (state, xs), length=self.depth)
+
+    def run_first(self, count: int, body: Callable[[Any, Any], Any], carry: Any) -> Any:
+        """`body(layer, carry) -> carry` over the first `count` layers alone; the others cost nothing, forwards or backwards.
+
+        The layers' weights are read where they lie: a slice of the stack, which a scan would want, is a copy of nearly all weights. Only
+        LoRA factors, which are small and trained, are sliced, so that their gradients need not be added up in a whole stack.
+        """
+        if isinstance(self.block, nnx.List):
+            for layer in self.block[:count]:
+                carry = body(layer, carry)
+            return carry
+        graph, factors, weights = nnx.split(self.block, LoraParam, ...)
+
+        def step(carry: Any, inputs: tuple[jax.Array, nnx.State]) -> tuple[Any, None]:
+            index, own = inputs
+            read = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), weights)
+            return body(nnx.merge(graph, own, read), carry), None
+
+        sliced = jax.tree.map(lambda leaf: leaf[:count], factors)
+        return jax.lax.scan(self._remembered(step), carry, (jnp.arange(count), sliced), length=count)[0]
+
+    def _remembered(self, step: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+        """A layer's step, of which the backward pass remembers what `remat` says."""
+        return step if self.remat == "none" else jax.checkpoint(step, policy=_REMAT_POLICIES[self.remat], prevent_cse=False)
 
     def unroll(self) -> None:
         """Replaces the stacked layers by a list of single ones (inference only)."""

@@ -64,6 +64,10 @@ class Thinker(nnx.Module):
         """Hidden states `[B, T, D]` of whole rows; reads `positions [B, 3, T]` and `segment_ids [B, T]` besides what `embed` reads."""
         return self.decoder(self.embed(batch), batch["positions"], batch["segment_ids"])
 
+    def penultimate(self, batch: Batch) -> jax.Array:
+        """The raw input of the last layer `[B, T, D]`, which classification heads and BAM pool; that layer is not run."""
+        return self.decoder.penultimate(self.embed(batch), batch["positions"], batch["segment_ids"])
+
     def grouped(self, batch: Batch, responses: jax.Array, response_mask: jax.Array) -> jax.Array:
         """States that predict each response token, prompts and media computed once per group.
 

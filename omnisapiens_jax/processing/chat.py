@@ -49,12 +49,14 @@ class Message:
     parts: tuple[Part, ...]
 
 
-def build_messages(problem: str, counts: Mapping[str, int], *, modalities: Sequence[str], format_prompt: str = "") -> tuple[Message, ...]:
+def build_messages(
+    problem: str, counts: Mapping[str, int], *, modalities: Sequence[str], format_prompt: str = "", system: str = "always"
+) -> tuple[Message, ...]:
     """The messages of a problem with so many media (`counts`), as the reference builds them.
 
     Tags that the problem lacks are put in front: image, then video, then audio, each before what is there, so audio comes first in the
     end. Tags of modalities that are not enabled stay text. With audio enabled the official system sentence comes first, whether the row
-    has audio or not. Raises ValueError when the problem holds more tags than there are media.
+    has audio or not; with `system="with_audio"` only if it has. Raises ValueError when the problem holds more tags than there are media.
     """
     text = problem + format_prompt
     enabled = {kind: tag for kind, tag in TAGS.items() if kind in modalities}
@@ -66,8 +68,8 @@ def build_messages(problem: str, counts: Mapping[str, int], *, modalities: Seque
     pieces = re.split("(" + "|".join(map(re.escape, enabled.values())) + ")", text) if enabled else [text]
     kinds = {tag: kind for kind, tag in enabled.items()}
     parts = tuple(Part(kinds[piece]) if piece in kinds else Part("text", piece) for piece in pieces if piece)
-    system = (Message("system", (Part("text", OMNI_SYSTEM),)),) if "audio" in modalities else ()
-    return (*system, Message("user", parts))
+    official = "audio" in modalities and (system == "always" or counts.get("audio", 0) > 0)
+    return (*((Message("system", (Part("text", OMNI_SYSTEM),)),) if official else ()), Message("user", parts))
 
 
 def render(messages: Sequence[Message], *, generation_prompt: bool = True) -> str:

@@ -22,7 +22,7 @@ STAND_IN_SAMPLES = SAMPLE_RATE // 2  # of silence, for a clip that cannot be dec
 STAND_IN_SIDE = 224  # pixels of a black picture, for one that cannot
 TEXT, AUDIO, VISION = 0, 1, 2  # kinds in Example.media
 
-PER_SAMPLE = ("prompt_length", "rope_delta", "row_mask")  # what a batch says of samples, not of tokens or media
+PER_SAMPLE = ("prompt_length", "rope_delta", "row_mask", "domain", "label")  # what a batch says of samples, not of tokens or media
 
 Batch = dict[str, np.ndarray]
 _T = TypeVar("_T")
@@ -84,6 +84,8 @@ class Example:
     patch_coords: np.ndarray  # [F, W, P, 2] int32: row, column
     media: np.ndarray  # [T] int32: TEXT, AUDIO or VISION
     media_slot: np.ndarray  # [T, 3] int32: audio (i, 0, 0); vision (frame, window, cell)
+    domain: int = -1  # the head that classifies this row, -1 for none (a free-form answer)
+    label: int = -1  # its class among those of all heads, -1 for none
 
     def size(self) -> Bucket:
         """The smallest bucket that holds this row."""
@@ -114,16 +116,18 @@ def build_example(
     Where `replaced` is given, such media are replaced and the reason goes into that list: half a second of silence for sound, black for
     pictures (reference section 2.5), which are 224 x 224, or as large as the file says if it says that much, so that `measure` holds.
     """
-    reader = _Reader(config, options, replaced, decode=True)
+    reader = _Reader(config, options, replaced, decode=options.feed_media)
     prompt = _build_prompt(reader, problem, tokenizer, audios, videos, images, name)
     answer = [] if response is None else [*tokenizer.encode(response), config.tokens.im_end]
     length, total = len(prompt.tokens), len(prompt.tokens) + len(answer)
-    # A response holds no media, whatever ids a policy may sample: it continues from the prompt's last position, on all axes alike.
-    tail = prompt.positions[:, -1:] + 1 + np.arange(len(answer), dtype=np.int32)
-    positions = np.concatenate([prompt.positions, tail], axis=1)
     labels = np.full(total, IGNORED, np.int32)
     labels[length:] = answer
     tokens = np.concatenate([prompt.tokens, np.asarray(answer, np.int32)])
+    if not options.feed_media:
+        return lay_out_words(tokens, labels, length, config)
+    # A response holds no media, whatever ids a policy may sample: it continues from the prompt's last position, on all axes alike.
+    tail = prompt.positions[:, -1:] + 1 + np.arange(len(answer), dtype=np.int32)
+    positions = np.concatenate([prompt.positions, tail], axis=1)
     return lay_out(tokens, labels, positions, length, reader.mels, reader.visuals, config)
 
 
@@ -163,6 +167,12 @@ def lay_out(
     )
 
 
+def lay_out_words(tokens: np.ndarray, labels: np.ndarray, prompt_length: int, config: ThinkerConfig) -> Example:
+    """The row `tokens` `[T]` without media: placeholders are tokens like all others, and positions count tokens."""
+    positions = np.tile(np.arange(len(tokens), dtype=np.int32), (3, 1))
+    return dataclasses.replace(lay_out(tokens, labels, positions, 0, [], [], config), prompt_length=prompt_length)
+
+
 def measure(
     *,
     problem: str,
@@ -179,10 +189,13 @@ def measure(
     """`build_example(...).size()` without decoding a picture: only sound is decoded, videos are counted by their packets."""
     reader = _Reader(config, options, replaced, decode=False)
     prompt = _build_prompt(reader, problem, tokenizer, audios, videos, images, name)
+    tokens = len(prompt.tokens) + (0 if response is None else len(tokenizer.encode(response)) + 1)
+    if not options.feed_media:
+        return Bucket(tokens)
     merge, side = config.vision.spatial_merge_size, config.vision.window_cells
     shapes = [window_slots(rows // merge, columns // merge, side)[1:] for _, rows, columns in reader.grids]
     return Bucket(
-        tokens=len(prompt.tokens) + (0 if response is None else len(tokenizer.encode(response)) + 1),
+        tokens=tokens,
         audio_chunks=sum(-(-frames // config.audio.chunk_frames) for frames in reader.mel_frames),
         audio_tokens=sum(audio_token_count(frames) for frames in reader.mel_frames),
         frames=sum(steps for steps, _, _ in reader.grids),
@@ -205,8 +218,8 @@ def collate_packed(rows: Sequence[Sequence[Example | None]], bucket: Bucket, con
     """As `collate`, with up to S = `bucket.segments` examples in each row, one after the other.
 
     Example s of a row has the number s + 1 in `segment_ids` `[B, T]`, and its own positions, from 0; the media of a row lie behind each
-    other as its examples do. `prompt_length`, `rope_delta` and `row_mask` are `[B, S]`; None leaves a place in them unused. Raises
-    ValueError for a row that does not fit.
+    other as its examples do. What is said of samples (`PER_SAMPLE`) is `[B, S]`; None leaves a place unused, its `domain` and `label` -1.
+    Raises ValueError for a row that does not fit.
     """
     count, (t, a, na, f, w, p, s) = len(rows), dataclasses.astuple(bucket)
     vision, audio = config.vision, config.audio
@@ -231,6 +244,8 @@ def collate_packed(rows: Sequence[Sequence[Example | None]], bucket: Bucket, con
         "patch_mask": np.zeros((count, f, w, p), bool),
         "patch_coords": np.zeros((count, f, w, p, 2), np.int32),
         "row_mask": np.zeros((count, s), bool),
+        "domain": np.full((count, s), -1, np.int32),
+        "label": np.full((count, s), -1, np.int32),
     }
     for row, examples in enumerate(rows):
         size = Bucket.together(example.size() for example in examples if example is not None)
@@ -247,6 +262,7 @@ def collate_packed(rows: Sequence[Sequence[Example | None]], bucket: Bucket, con
             batch["positions"][row, :, own] = example.positions
             batch["prompt_length"][row, segment], batch["rope_delta"][row, segment] = example.prompt_length, example.rope_delta
             batch["row_mask"][row, segment] = True
+            batch["domain"][row, segment], batch["label"][row, segment] = example.domain, example.label
             slot = example.media_slot
             seen = na + ((frame + slot[:, 0]) * w + slot[:, 1]) * (p // vision.cell_patches) + slot[:, 2]
             batch["media_index"][row, own] = np.select([example.media == AUDIO, example.media == VISION], [sound + slot[:, 0], seen], -1)
@@ -389,6 +405,7 @@ def _build_prompt(
             {kind: len(sources) for kind, sources in given.items()},
             modalities=options.modalities,
             format_prompt=options.format_prompt,
+            system=options.system,
         )
     except ValueError as reason:
         raise ValueError(f"{name}: {reason}") from reason

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 MODALITIES = ("audio", "video", "image")
+SYSTEM = ("always", "with_audio")  # when the official system sentence comes first
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +27,9 @@ class ProcessingConfig:
     use_audio_in_video: bool = False  # take the sound track out of each video and interleave it with its frames
     modalities: tuple[str, ...] = MODALITIES  # tags of the others stay in the text as they are, their media are not read
     format_prompt: str = ""  # instruction appended to the problem, see chat.FORMAT_PROMPTS
+    # False: of media only the placeholders are left, which are tokens like all others, and positions count tokens (the published SFT).
+    feed_media: bool = True
+    system: str = "always"  # or with_audio: a row without sound has the template's plain sentence
 
     def __post_init__(self) -> None:
         unknown = set(self.modalities) - set(MODALITIES)
@@ -37,6 +41,8 @@ class ProcessingConfig:
         ):
             if not 0 < low <= high:
                 raise ValueError(f"{kind}_min_pixels {low} must be positive and at most {kind}_max_pixels {high}")
+        if self.system not in SYSTEM:
+            raise ValueError(f"unknown system {self.system!r}; known: {', '.join(SYSTEM)}")
         if self.audio_seconds <= 0 or self.video_frames < 1 or self.fps <= 0:
             raise ValueError(
                 f"audio_seconds {self.audio_seconds}, video_frames {self.video_frames} and fps {self.fps} must all be positive"

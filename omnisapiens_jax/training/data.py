@@ -18,8 +18,8 @@ from omnisapiens_jax.atlas.faults import quarantined_rows
 from omnisapiens_jax.atlas.lengths import length_index, shortened
 from omnisapiens_jax.atlas.pipeline import Pipeline, PipelineConfig
 from omnisapiens_jax.atlas.plan import Index, PlanConfig, Planner
-from omnisapiens_jax.atlas.recipe import Recipe
-from omnisapiens_jax.atlas.schema import Sample
+from omnisapiens_jax.atlas.recipe import Recipe, Target
+from omnisapiens_jax.atlas.schema import Sample, task_kind
 from omnisapiens_jax.atlas.sources import Source, open_source
 from omnisapiens_jax.models.config import ThinkerConfig
 from omnisapiens_jax.processing.chat import FORMAT_PROMPTS
@@ -30,6 +30,16 @@ from omnisapiens_jax.training.state import open_weights
 
 QUARANTINE = "quarantine.jsonl"  # in a run's folder
 Rows = Callable[[Index], np.ndarray]  # [N] bool: which samples of a split take part
+
+
+def rows_of_kind(kind: str, rows: Rows | None = None) -> Rows:
+    """Those of `rows` (of all) whose task is `cls`, one of a list of labels, or `qa`, free text."""
+
+    def chosen(index: Index) -> np.ndarray:
+        own = np.array([task_kind(name) == kind for name in index.task_names], bool)[index.tasks]
+        return own if rows is None else own & rows(index)
+
+    return chosen
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,26 +91,38 @@ class Atlas:
         self._cache = resources.cache() / "lengths"
         self._quarantine = workdir / QUARANTINE if workdir else None
         self._options = ProcessingConfig(
-            **{**config.processing.to_dict(), "format_prompt": FORMAT_PROMPTS[config.processing.format_prompt]}
+            **{**config.processing.to_dict(), "format_prompt": FORMAT_PROMPTS[config.processing.format_prompt]},
+            feed_media=config.compat.media_inputs == "fed",
+            system=config.compat.system_prompt,
         )
 
     def split(
-        self, name: str, *, batch_size: int, target: bool, shuffle: bool, rows: Rows | None = None, transcripts: bool = True
+        self,
+        name: str,
+        *,
+        batch_size: int,
+        target: Target | None,
+        shuffle: bool,
+        rows: Rows | None = None,
+        transcripts: bool = True,
+        packs: bool = False,
     ) -> Split:
         """One split.
 
         Args:
           name: its file in the atlas folder, or its name without the ending.
           batch_size: slots of a batch, all hosts together.
-          target: append the supervised target, or end at the assistant header. Only rows with a target are packed, where the config says
-            so: a sampler takes one prompt a row, here in batches of one signature.
+          target: what to append and teach; None ends at the assistant header.
           shuffle: a new order every epoch, as `config.atlas.training` says, or the file's own.
           rows: which samples take part (all).
           transcripts: False takes the words of every transcript out.
+          packs: rows without a target are packed too where the config says so, as heads can read them; a sampler takes one prompt a row,
+            here in batches of one signature.
         """
-        atlas = self._config.atlas
+        atlas, compat = self._config.atlas, self._config.compat
         source = self.source(name) if transcripts else WithoutTranscripts(self.source(name))
-        recipe = Recipe(self.tokenizer, self._model, self._options, max_tokens=atlas.max_tokens, with_target=target)
+        how = {"truncation": compat.truncation, "prompts": compat.qa_prompts, "labels": compat.labels}
+        recipe = Recipe(self.tokenizer, self._model, self._options, max_tokens=atlas.max_tokens, target=target, **how)
         bounds = {"workers": atlas.workers, "deadline": atlas.deadline, "memory": atlas.worker_bytes}
         leave_out = quarantined_rows(Path(atlas.quarantine), source) if atlas.quarantine else ()
         if leave_out:
@@ -124,7 +146,7 @@ class Atlas:
             index = index.subset(rows(index))
         if not len(index):
             raise ValueError(f"{self._root / name}: of {len(source)} rows {len(faults)} cannot be used, and none is left for this stage")
-        mode = "homogeneous" if atlas.batches == "packed" and not target else atlas.batches
+        mode = "homogeneous" if atlas.batches == "packed" and target is None and not packs else atlas.batches
         plan = PlanConfig(batch_size, hosts=jax.process_count(), seed=self._config.seed, mode=mode, shuffle=shuffle)
         if shuffle:
             plan = dataclasses.replace(plan, **atlas.training)

@@ -16,11 +16,16 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
+from omnisapiens_jax import defaults
 from omnisapiens_jax.atlas.faults import Policy
+from omnisapiens_jax.atlas.labels import HBA
 from omnisapiens_jax.atlas.plan import Index, Mode, PlanConfig
+from omnisapiens_jax.atlas.recipe import Target, lower_answer, target_text
+from omnisapiens_jax.evaluation.classify import Predict, classify_all
 from omnisapiens_jax.evaluation.evaluate import MODALITIES, Answer, accuracy, answer_all, blank, load_answers, save_answers
 from omnisapiens_jax.evaluation.report import write_report
 from omnisapiens_jax.generation.sampling import Generator, Sampling
+from omnisapiens_jax.models.classifier import best_class
 from omnisapiens_jax.models.layers import Remat
 from omnisapiens_jax.parallel.mesh import make_mesh, on_mesh
 from omnisapiens_jax.processing.chat import FORMAT_PROMPTS
@@ -28,14 +33,40 @@ from omnisapiens_jax.rl.loss import PolicyLossConfig
 from omnisapiens_jax.rl.rewards import RewardConfig
 from omnisapiens_jax.rl.similarity import Similarity
 from omnisapiens_jax.training import rl, sft
-from omnisapiens_jax.training.data import QUARANTINE, Atlas, Rows, Split
+from omnisapiens_jax.training.data import QUARANTINE, Atlas, Rows, Split, rows_of_kind
 from omnisapiens_jax.training.journal import Compilations, console, progress, read_metrics
-from omnisapiens_jax.training.state import TrainState, create_state, make_optimizer, make_thinker, parameters, thinker_config
+from omnisapiens_jax.training.losses import ANSWERS, CLASSES, Objective
+from omnisapiens_jax.training.state import (
+    TrainState,
+    create_state,
+    make_optimizer,
+    make_thinker,
+    parameters,
+    thinker_config,
+    trainable_filter,
+)
 
 
 def _third(index: Index) -> np.ndarray:
     return index.ids % 3 == 0
 
+
+@dataclasses.dataclass(frozen=True)
+class Lesson:
+    """What a supervised stage teaches: the objective, the target behind the prompt, and the kind of rows that have it (all)."""
+
+    objective: Objective
+    target: Target | None
+    kind: str | None
+
+    def rows(self, rows: Rows | None = None) -> Rows | None:
+        """Those of `rows` that are taught."""
+        return rows if self.kind is None else rows_of_kind(self.kind, rows)
+
+
+RESPONSES = Lesson(ANSWERS, target_text, None)
+LABELS = Lesson(CLASSES, None, "cls")
+FREE_FORM = Lesson(ANSWERS, lower_answer, "qa")
 
 ROWS: dict[str, Rows | None] = {"all": None, "third": _third, "rest": lambda index: ~_third(index)}
 
@@ -53,12 +84,12 @@ class Run:
     atlas: Atlas
     graph: nnx.GraphDef
 
-    def fit(self, stage: ml_collections.ConfigDict, folder: str, state: TrainState) -> TrainState:
+    def fit(self, stage: ml_collections.ConfigDict, folder: str, state: TrainState, lesson: Lesson = RESPONSES) -> TrainState:
         """Supervised training on the rows the stage names."""
-        atlas = self.config.atlas
-        train = self.atlas.split(atlas.train, batch_size=stage.batch_size, target=True, shuffle=True, rows=ROWS[stage.rows])
-        validation = self.atlas.split(atlas.validation, batch_size=self.config.eval_batch, target=True, shuffle=False)
-        state = sft.fit(stage, self.workdir / folder, self.graph, state, train, validation, self.mesh)
+        atlas, batches = self.config.atlas, {"target": lesson.target, "packs": True}
+        train = self.atlas.split(atlas.train, batch_size=stage.batch_size, shuffle=True, rows=lesson.rows(ROWS[stage.rows]), **batches)
+        validation = self.atlas.split(atlas.validation, batch_size=self.config.eval_batch, shuffle=False, rows=lesson.rows(), **batches)
+        state = sft.fit(stage, self.workdir / folder, self.graph, state, train, validation, self.mesh, lesson.objective)
         for split in (train, validation):
             split.tell_faults()
         return state
@@ -82,35 +113,52 @@ class Run:
         """One likeliest response a prompt; made once, so that a second evaluation compiles nothing."""
         return self.generator(1, 0.0)
 
-    def held_out(self, *, transcripts: bool = True) -> Split:
-        """The held-out split, in its own order; without the words of the transcripts if they are to be blanked."""
+    @functools.cached_property
+    def predict(self) -> Predict:
+        """The class that the heads find likeliest; compiled once."""
+        return jax.jit(lambda params, batch: best_class(nnx.merge(self.graph, params), batch))
+
+    def held_out(self, lesson: Lesson = RESPONSES, *, transcripts: bool = True) -> Split:
+        """The prompts of the held-out split that a lesson is for, in its order; without the words of transcripts that are to be blanked."""
         return self.atlas.split(
-            self.config.atlas.test, batch_size=self.config.eval_batch, target=False, shuffle=False, transcripts=transcripts
+            self.config.atlas.test,
+            batch_size=self.config.eval_batch,
+            target=None,
+            shuffle=False,
+            rows=lesson.rows(),
+            transcripts=transcripts,
+            packs=bool(self.config.model.heads),
         )
 
     def evaluate(self, name: str, state: TrainState, split: Split, without: str = "") -> list[Answer]:
-        """Greedy answers to the held-out split, one modality taken out or none; kept in `evaluation-NAME.json`, and made only once."""
+        """What heads say of the held-out split, or greedy answers to it, one modality taken out or none.
+
+        Kept in `evaluation-NAME.json`, and made only once.
+        """
         path = self.workdir / f"evaluation-{name}.json"
         if not path.exists():
-            generator, steps = self.greedy, split.steps_per_epoch
+            steps = split.steps_per_epoch
             batches = (batch for _, batch in progress(split.pipeline.batches(0, steps), f"evaluating {name}", total=steps))
             if without not in ("", "text"):
                 batches = (blank(batch, without) for batch in batches)
-            view = generator.view(parameters(state))
-            answers = answer_all(generator, view, batches, split.source, self.atlas.tokenizer, self.mesh)
+            if self.config.model.heads:
+                answers = classify_all(self.predict, parameters(state), batches, split.source, self.mesh)
+            else:
+                view = self.greedy.view(parameters(state))
+                answers = answer_all(self.greedy, view, batches, split.source, self.atlas.tokenizer, self.mesh)
             split.tell_faults()
             if jax.process_index() == 0:
                 save_answers(path, answers)
         else:
             answers = load_answers(path)
-        bad = f"; {len(split.source) - len(answers)} rows could not be used" if len(answers) < len(split.source) else ""
+        bad = f"; {len(split.pipeline.faults)} rows could not be used" if split.pipeline.faults and not split.zero else ""
         console.print(f"held-out accuracy {name}: {accuracy(answers):.3f} on {len(answers)} samples{bad}")
         return answers
 
     def report(self) -> None:
         """Writes `report.html`."""
         if jax.process_index() == 0:
-            curves = {stage: read_metrics(self.workdir / stage / "metrics.jsonl") for stage in ("warm_start", "sft", "rl")}
+            curves = {stage: read_metrics(self.workdir / stage / "metrics.jsonl") for stage in STAGES}
             atlas = self.config.atlas
             path = write_report(self.workdir, curves, test=self.atlas.source(atlas.test), train=self.atlas.source(atlas.train))
             console.print(f"The report is {path.absolute()}", soft_wrap=True)
@@ -122,7 +170,7 @@ def run(config: ml_collections.ConfigDict, workdir: Path) -> None:
     Raises:
       ValueError: a setting is none of those there are, or `workdir` holds a run of another config.
     """
-    mesh = make_mesh(**config.mesh)
+    mesh, config = make_mesh(**config.mesh), defaults.with_compat(config)
     check(config, mesh)
     if jax.process_index() == 0:
         claim(workdir, config)
@@ -142,7 +190,7 @@ def _rl(run: Run, state: TrainState) -> None:
     config = run.config
     # Before the long work: what may have to be fetched, and rows that cannot be used.
     similarity = Similarity.load() if config.rl.reward.similarity else None
-    prompts = run.atlas.split(config.atlas.train, batch_size=config.rl.prompts, target=False, shuffle=True, rows=ROWS[config.rl.rows])
+    prompts = run.atlas.split(config.atlas.train, batch_size=config.rl.prompts, target=None, shuffle=True, rows=ROWS[config.rl.rows])
     held_out = run.held_out()
     if config.warm_start.rows != "none":
         state = run.fit(config.warm_start, "warm_start", state)
@@ -161,13 +209,19 @@ def _rl(run: Run, state: TrainState) -> None:
     run.report()
 
 
-def _sft(run: Run, state: TrainState) -> None:
-    held_out = run.held_out()  # before the long work: a row that cannot be used is told now
-    run.evaluate("sft", run.fit(run.config.sft, "sft", state), held_out)
+def _supervised(run: Run, state: TrainState, *, lesson: Lesson) -> None:
+    job = run.config.job
+    held_out = run.held_out(lesson)  # before the long work: a row that cannot be used is told now
+    run.evaluate(job, run.fit(run.config[job], job, state, lesson), held_out)
     run.report()
 
 
-JOBS: dict[str, Callable[[Run, TrainState], None]] = {"rl": _rl, "sft": _sft}
+_LESSONS = {"generative": RESPONSES, "sft": LABELS, "qa": FREE_FORM}
+JOBS: dict[str, Callable[[Run, TrainState], None]] = {
+    "rl": _rl,
+    **{job: functools.partial(_supervised, lesson=lesson) for job, lesson in _LESSONS.items()},
+}
+STAGES = ("warm_start", *_LESSONS, "rl")
 
 
 def check(config: ml_collections.ConfigDict, mesh: Mesh) -> None:
@@ -184,7 +238,7 @@ def check(config: ml_collections.ConfigDict, mesh: Mesh) -> None:
         ("atlas.batches", config.atlas.batches, get_args(Mode)),
     ]
     counts = ["eval_batch", "atlas.buckets", "generation.chunk", "generation.max_tokens"]
-    stages = [name for name in ("warm_start", "rl", "sft") if name in config]
+    stages = [name for name in STAGES if name in config]
     batches = [("eval_batch", config.eval_batch, 1, 1)]
     for name in stages:
         wanted.append((f"{name}.rows", config[name].rows, (*ROWS, "none") if name == "warm_start" else ROWS))
@@ -210,9 +264,19 @@ def check(config: ml_collections.ConfigDict, mesh: Mesh) -> None:
                 f"(data x fsdp) or the {parts} micro-batches: make it a multiple of {updates * math.lcm(ways, parts)}"
             )
     PlanConfig(batch_size=1, **config.atlas.training)
+    trainable_filter(config.model)
+    heads = tuple(len(domain.labels) for domain in HBA.domains) if config.job == "sft" else ()
+    if tuple(config.model.heads) != heads:
+        raise ValueError(f"config.model.heads {tuple(config.model.heads)} must be {heads} in a run of the job {config.job}")
+    if (config.model.trains == "lm_head") != (config.job == "qa"):
+        raise ValueError(f"config.model.trains {config.model.trains}: the job qa trains the lm_head, and no other does")
+    if config.job == "qa" and not config.model.weights:
+        raise ValueError("the job qa trains the LM head of a thinker that is there: name it, --config.model.weights=runs/sft/sft")
     if "rl" in config:
         if config.atlas.batches == "packed":
-            raise ValueError("config.atlas.batches packed is for sft: a sampler takes one prompt a row; choose homogeneous or mixed")
+            raise ValueError(
+                "config.atlas.batches packed is for supervised training: a sampler takes one prompt a row; choose homogeneous or mixed"
+            )
         PolicyLossConfig(**config.rl.loss)
         RewardConfig(**config.rl.reward)
         if config.rl.temperature <= 0:

@@ -1,13 +1,34 @@
-"""The language-model loss on responses."""
+"""What supervised training minimises: the language-model loss on responses, and the classification loss of the heads."""
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+import optax
 
+from omnisapiens_jax.models.classifier import Classifier
 from omnisapiens_jax.models.thinker import Batch, Thinker, token_log_probs
 
 _CHUNK = 64  # places of every row whose logits may be needed together
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """A mean over the parts of a batch that count.
+
+    Attributes:
+      loss: of a model on a batch: the sum, and how many parts it is of, float32 scalars that add up over micro-batches.
+      count: how many parts of a batch count, known without the model.
+      unit: what these parts are.
+    """
+
+    loss: Callable[[Any, Batch], tuple[jax.Array, jax.Array]]
+    count: Callable[[Batch], jax.Array]
+    unit: str
 
 
 def lm_loss(thinker: Thinker, batch: Batch) -> tuple[jax.Array, jax.Array]:
@@ -34,3 +55,22 @@ def lm_loss(thinker: Thinker, batch: Batch) -> tuple[jax.Array, jax.Array]:
 
     log_probs = token_log_probs(thinker, parts(hidden), parts(targets), chunk=targets.shape[0] * _CHUNK)
     return -jnp.sum(log_probs), jnp.sum(targets >= 0, dtype=jnp.float32)
+
+
+def class_loss(classifier: Classifier, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    """Cross-entropy of the samples that have a class, over the labels of their domain: those of the others are out of reach.
+
+    Args:
+      classifier: the model.
+      batch: as `processing.example.collate` makes it, of prompts alone; `label` is a class among those of all domains, negative for a
+        sample that has none and does not count.
+
+    Returns: as `lm_loss`, the sum and the number of classified samples.
+    """
+    classified = batch["label"] >= 0
+    losses = optax.softmax_cross_entropy_with_integer_labels(classifier(batch), jnp.maximum(batch["label"], 0))
+    return jnp.sum(jnp.where(classified, losses, 0.0)), jnp.sum(classified, dtype=jnp.float32)
+
+
+ANSWERS = Objective(lm_loss, lambda batch: jnp.sum(batch["labels"][:, 1:] >= 0), "tokens")
+CLASSES = Objective(class_loss, lambda batch: jnp.sum(batch["label"] >= 0), "samples")

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning on responses, media really fed, to the minimum of the validation loss."""
+"""Supervised fine-tuning, on responses or on classes, media really fed, to the minimum of the validation loss."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from omnisapiens_jax.parallel.mesh import put_batch
 from omnisapiens_jax.training.checkpoints import Checkpoints
 from omnisapiens_jax.training.data import Split
 from omnisapiens_jax.training.journal import Bar, Journal, console
-from omnisapiens_jax.training.losses import lm_loss
+from omnisapiens_jax.training.losses import ANSWERS, Objective
 from omnisapiens_jax.training.state import (
     TrainState,
     apply_gradients,
@@ -30,26 +30,34 @@ from omnisapiens_jax.training.state import (
 
 
 def fit(
-    config: ml_collections.ConfigDict, workdir: Path, graph: nnx.GraphDef, state: TrainState, train: Split, validation: Split, mesh: Mesh
+    config: ml_collections.ConfigDict,
+    workdir: Path,
+    graph: nnx.GraphDef,
+    state: TrainState,
+    train: Split,
+    validation: Split,
+    mesh: Mesh,
+    objective: Objective = ANSWERS,
 ) -> TrainState:
     """Trains until the validation loss has not fallen for `patience` evaluations, and returns the state of its minimum.
 
     Args:
       config: the stage's part of the run's config (`config.sft`).
       workdir: of this stage; a run found there goes on where it stopped.
-      graph: the thinker's structure.
+      graph: the model's structure.
       state: where to start.
-      train: batches with targets.
-      validation: batches with targets, in fixed order.
+      train: batches with what the objective reads.
+      validation: likewise, in fixed order.
       mesh: everything lies on it.
+      objective: what is minimised.
 
     Raises:
       FloatingPointError: too many updates in a row had gradients that are not finite, or no validation loss was.
     """
     optimizer = make_optimizer(config.optim, config.steps)
     state = fresh_optimizer(state, optimizer, mesh)
-    step_fn = jax.jit(functools.partial(sft_step, graph, optimizer, config.micro_batches), donate_argnums=0)
-    loss_fn = jax.jit(functools.partial(loss_sum, graph))
+    step_fn = jax.jit(functools.partial(sft_step, graph, optimizer, config.micro_batches, objective=objective), donate_argnums=0)
+    loss_fn = jax.jit(functools.partial(loss_sum, graph, objective))
     progress: dict[str, Any] = {"best_loss": float("inf"), "best_step": 0, "finished": False}
 
     with Checkpoints(workdir / "best", keep=1) as best, Checkpoints(workdir / "state") as checkpoints:
@@ -85,34 +93,39 @@ def fit(
 
 
 def sft_step(
-    graph: nnx.GraphDef, optimizer: optax.GradientTransformation, micro_batches: int, state: TrainState, batch: dict[str, jax.Array]
+    graph: nnx.GraphDef,
+    optimizer: optax.GradientTransformation,
+    micro_batches: int,
+    state: TrainState,
+    batch: dict[str, jax.Array],
+    objective: Objective = ANSWERS,
 ) -> tuple[TrainState, dict[str, Any]]:
-    """One update on the mean cross-entropy of the response tokens of `batch`."""
-    loss, tokens, grads = sft_gradients(graph, micro_batches, state, batch)
+    """One update on the mean loss of what counts in `batch`."""
+    loss, count, grads = sft_gradients(graph, micro_batches, state, batch, objective)
     state, metrics = apply_gradients(state, grads, optimizer)
-    return state, metrics | {"loss": loss, "tokens": tokens}
+    return state, metrics | {"loss": loss, objective.unit: count}
 
 
 def sft_gradients(
-    graph: nnx.GraphDef, micro_batches: int, state: TrainState, batch: dict[str, jax.Array]
+    graph: nnx.GraphDef, micro_batches: int, state: TrainState, batch: dict[str, jax.Array], objective: Objective = ANSWERS
 ) -> tuple[jax.Array, jax.Array, nnx.State]:
-    """Mean loss, trained tokens, and the gradient of the trainable parameters."""
-    total = jnp.maximum(jnp.sum(batch["labels"][:, 1:] >= 0), 1)
+    """Mean loss, how many tokens or samples it is of, and the gradient of the trainable parameters."""
+    total = jnp.maximum(objective.count(batch), 1)
 
     def share(trainable: nnx.State, part: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        loss, tokens = lm_loss(nnx.merge(graph, trainable, state.frozen), part)
-        return loss / total, tokens
+        loss, count = objective.loss(nnx.merge(graph, trainable, state.frozen), part)
+        return loss / total, count
 
     return micro_gradients(share, state.trainable, batch, micro_batches)
 
 
-def loss_sum(graph: nnx.GraphDef, params: nnx.State, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
-    """Summed cross-entropy and number of response tokens of a batch."""
-    return lm_loss(nnx.merge(graph, params), batch)
+def loss_sum(graph: nnx.GraphDef, objective: Objective, params: nnx.State, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    """Summed loss of a batch, and of how many tokens or samples."""
+    return objective.loss(nnx.merge(graph, params), batch)
 
 
 def validation_loss(loss_fn: Any, state: TrainState, validation: Split, mesh: Mesh) -> float:
-    """Mean cross-entropy of every response token of the validation split."""
+    """Mean loss over everything that counts in the validation split."""
     sums = [loss_fn(parameters(state), put_batch(batch, mesh)) for _, batch in validation.pipeline.batches(0, validation.steps_per_epoch)]
-    loss, tokens = (sum(float(part) for part in column) for column in zip(*sums, strict=True))
-    return loss / max(tokens, 1.0)
+    loss, count = (sum(float(part) for part in column) for column in zip(*sums, strict=True))
+    return loss / max(count, 1.0)

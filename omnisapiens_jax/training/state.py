@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeVar
@@ -16,8 +17,9 @@ from jax.sharding import Mesh
 
 from omnisapiens_jax.convert.checkpoint import put_params
 from omnisapiens_jax.convert.kinds import open_source
-from omnisapiens_jax.convert.loading import read_params_onto
+from omnisapiens_jax.convert.loading import fill_parts, read_params_onto
 from omnisapiens_jax.convert.source import Params, Source
+from omnisapiens_jax.models.classifier import Classifier
 from omnisapiens_jax.models.config import ThinkerConfig
 from omnisapiens_jax.models.layers import LoraConfig, LoraParam
 from omnisapiens_jax.models.thinker import Thinker
@@ -25,6 +27,7 @@ from omnisapiens_jax.parallel.mesh import on_mesh, shardings
 
 Stats = TypeVar("Stats")  # anything that adds up over micro-batches with `+`
 
+TRAINS = ("thinker", "lm_head")
 MOST_SKIPPED = 5  # updates in a row whose gradient is not finite; then a run stops
 
 
@@ -44,8 +47,9 @@ def open_weights(weights: str) -> Source:
 
 
 def thinker_config(model: ml_collections.ConfigDict) -> ThinkerConfig:
-    """The shapes of the checkpoint `model.weights`, or those of `model.preset`."""
-    return open_weights(model.weights).config if model.weights else ThinkerConfig.preset(model.preset)
+    """The shapes of the checkpoint `model.weights`, or those of `model.preset`; an LM head that is trained alone is untied."""
+    config = open_weights(model.weights).config if model.weights else ThinkerConfig.preset(model.preset)
+    return dataclasses.replace(config, tie_head=config.tie_head and model.trains != "lm_head")
 
 
 def lora_config(model: ml_collections.ConfigDict) -> LoraConfig | None:
@@ -67,15 +71,29 @@ def make_thinker(model: ml_collections.ConfigDict, seed: int) -> Thinker:
     )
 
 
+def make_model(model: ml_collections.ConfigDict, seed: int) -> Thinker | Classifier:
+    """A thinker with random weights, under `model.heads` where there are some, each with as many labels as it says."""
+    thinker = make_thinker(model, seed)
+    return Classifier(thinker, model.heads, rngs=nnx.Rngs(seed + 1)) if model.heads else thinker
+
+
+def thinker_of(model: Thinker | Classifier) -> Thinker:
+    """The thinker in a model."""
+    return model.thinker if isinstance(model, Classifier) else model
+
+
 def trainable_filter(model: ml_collections.ConfigDict) -> Any:
-    """LoRA factors where there are any, else every parameter that the forward reads."""
-    if model.lora.rank:
-        return LoraParam
-    return nnx.All(nnx.Param, nnx.Not(nnx.PathContains("audio_bos_eos_token")))
+    """What a run trains: the LM head alone, or LoRA factors where there are any, else every parameter of the thinker; and all heads."""
+    if model.trains not in TRAINS:
+        raise ValueError(f"unknown model.trains {model.trains!r}; known: {', '.join(TRAINS)}")
+    if model.trains == "lm_head":
+        return nnx.PathContains("lm_head")
+    thinker = LoraParam if model.lora.rank else nnx.All(nnx.Param, nnx.Not(nnx.PathContains("audio_bos_eos_token")))  # which none reads
+    return nnx.Any(thinker, nnx.PathContains("heads"))
 
 
 def make_optimizer(optim: ml_collections.ConfigDict, steps: int) -> optax.GradientTransformation:
-    """AdamW with global-norm clipping and warm-up; an update with a non-finite gradient is skipped and counted."""
+    """AdamW with warm-up and clipping to a global norm (0: none); an update with a non-finite gradient is skipped and counted."""
     decay_steps = max(steps, optim.warmup + 1)
     schedules = {
         "constant": lambda: optax.warmup_constant_schedule(0.0, optim.lr, optim.warmup),
@@ -86,18 +104,24 @@ def make_optimizer(optim: ml_collections.ConfigDict, steps: int) -> optax.Gradie
     schedule = schedules[optim.schedule]() if optim.warmup or optim.schedule != "constant" else optim.lr
     adamw = optax.adamw(schedule, b1=optim.b1, b2=optim.b2, weight_decay=optim.weight_decay)
     never = np.iinfo(np.int32).max  # optax would let the next one through; `check_finite` stops the run instead
-    return optax.apply_if_finite(optax.chain(optax.clip_by_global_norm(optim.clip), adamw), max_consecutive_errors=never)
+    clip = [optax.clip_by_global_norm(optim.clip)] if optim.clip else []
+    return optax.apply_if_finite(optax.chain(*clip, adamw), max_consecutive_errors=never)
 
 
 def create_state(model: ml_collections.ConfigDict, seed: int, mesh: Mesh) -> tuple[nnx.GraphDef, TrainState]:
     """Parameters from `model.weights`, or random ones; made or read where they will live: no device holds more than its share.
 
-    There is no optimizer yet: a stage brings its own (`fresh_optimizer`).
+    Heads go on from those of the weights where these have some. An LM head that is trained alone begins as it is, untied, in float32: an
+    update of it would vanish in bfloat16. There is no optimizer yet: a stage brings its own (`fresh_optimizer`).
     """
-    abstract = nnx.eval_shape(lambda: make_thinker(model, seed))
+    abstract = nnx.eval_shape(lambda: make_model(model, seed))
     source = open_weights(model.weights) if model.weights else None
     if source is not None:
         source.check()
+        if model.trains == "lm_head":
+            source = source.untied()
+        if model.heads and source.part_shapes.heads not in ((), tuple(model.heads)):
+            raise ValueError(f"{model.weights} has heads of {source.part_shapes.heads} labels, the run wants {tuple(model.heads)}")
         kept = source.lora and source.lora.config
         if kept and kept != lora_config(model):
             raise ValueError(
@@ -106,14 +130,18 @@ def create_state(model: ml_collections.ConfigDict, seed: int, mesh: Mesh) -> tup
             )
 
     def init(params: Params | None, factors: Params | None) -> TrainState:
-        thinker = make_thinker(model, seed)
+        made = make_model(model, seed)
         if params is not None:
-            put_params(thinker, params, factors)
-        _, trainable, frozen = nnx.split(thinker, trainable_filter(model), ...)
+            put_params(thinker_of(made), params, factors)
+        if isinstance(made, Classifier) and source is not None and source.part_shapes.heads:
+            fill_parts(made.heads, {}, source.parts)
+        _, trainable, frozen = nnx.split(made, trainable_filter(model), ...)
+        if model.trains == "lm_head":
+            trainable = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), trainable)
         return TrainState(jnp.zeros((), jnp.int32), trainable, frozen, ())
 
     with on_mesh(mesh):
-        params, factors = (None, None) if source is None else read_params_onto(source, abstract, mesh)
+        params, factors = (None, None) if source is None else read_params_onto(source, thinker_of(abstract), mesh)
         # Donated, so that a checkpoint's parameters are not on the devices twice.
         placed = shardings(jax.eval_shape(init, params, factors), mesh)
         state = jax.jit(init, out_shardings=placed, donate_argnums=(0, 1))(params, factors)

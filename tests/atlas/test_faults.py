@@ -12,6 +12,7 @@ from omnisapiens_jax.atlas.faults import BadSamples, FaultLog, quarantined_rows,
 from omnisapiens_jax.atlas.lengths import length_index, shortened
 from omnisapiens_jax.atlas.pipeline import Pipeline, PipelineConfig
 from omnisapiens_jax.atlas.plan import MASKED, PlanConfig, Planner
+from omnisapiens_jax.atlas.recipe import target_text
 from omnisapiens_jax.atlas.schema import SampleError
 from omnisapiens_jax.atlas.sources import open_source
 from omnisapiens_jax.processing.audio import log_mel
@@ -109,7 +110,7 @@ def test_a_file_that_grew_after_it_was_measured_is_noticed(atlas):
 def test_a_long_transcript_is_shortened_counted_and_nothing_else_is_cut(atlas):
     text = f"<video><audio>\nTranscript: {words(400)}\nWhich of anger, sad?"
     edit_row(atlas, BAD, problem=text)
-    how = recipe(with_target=True)
+    how = recipe(target=target_text)
     index, faults = length_index(open_source(atlas), how, on_error="raise")
     assert shortened(index) == 1 and not faults
     row = index.ids.tolist().index(BAD)

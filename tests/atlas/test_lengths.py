@@ -7,7 +7,7 @@ import pytest
 
 from omnisapiens_jax.atlas.faults import BadSamples
 from omnisapiens_jax.atlas.lengths import length_index
-from omnisapiens_jax.atlas.recipe import Recipe
+from omnisapiens_jax.atlas.recipe import Recipe, target_text
 from omnisapiens_jax.atlas.sources import open_source
 from tests.atlas.toys import CONFIG, OPTIONS, edit_row, recipe, write_atlas
 
@@ -26,9 +26,9 @@ def measured(monkeypatch):
     return rows
 
 
-@pytest.mark.parametrize("with_target", [False, True])
-def test_the_index_holds_the_size_of_every_example(atlas, with_target):
-    source, how = open_source(atlas), recipe(with_target=with_target)
+@pytest.mark.parametrize("target", [None, target_text])
+def test_the_index_holds_the_size_of_every_example(atlas, target):
+    source, how = open_source(atlas), recipe(target=target)
     index, faults = length_index(source, how, on_error="raise")
     assert index.ids.tolist() == list(range(12)) and index.names == ("text", "text_audio", "text_video_audio") and not faults
     assert index.signatures.tolist() == [0, 1, 2] * 4
@@ -47,7 +47,7 @@ def test_the_cache_answers_until_rows_or_recipe_change(atlas, tmp_path, measured
 
     assert [rows_measured(), rows_measured()] == [12, 0]
     for how in (
-        recipe(with_target=True),
+        recipe(target=target_text),
         recipe(options=dataclasses.replace(OPTIONS, video_frames=2)),
         recipe(max_tokens=500),
         recipe(config=dataclasses.replace(CONFIG, audio=dataclasses.replace(CONFIG.audio, n_window=50))),

@@ -2,19 +2,21 @@
 
 import dataclasses
 import itertools
+import shutil
 from typing import Any
 
 import numpy as np
 import pytest
 
 from omnisapiens_jax.atlas.bucketing import SlotCost, choose_buckets, choose_row
+from omnisapiens_jax.atlas.labels import HBA
 from omnisapiens_jax.atlas.lengths import length_index
 from omnisapiens_jax.atlas.pipeline import Pipeline, PipelineConfig
 from omnisapiens_jax.atlas.plan import MASKED, PlanConfig, Planner
-from omnisapiens_jax.atlas.recipe import Recipe, target_text
+from omnisapiens_jax.atlas.recipe import Recipe, lower_answer, target_text
 from omnisapiens_jax.atlas.schema import SampleError
 from omnisapiens_jax.atlas.sources import open_source
-from tests.atlas.toys import CONFIG, recipe, write_atlas
+from tests.atlas.toys import CONFIG, edit_row, recipe, write_atlas
 
 
 @pytest.fixture(scope="module")
@@ -22,8 +24,8 @@ def atlas(tmp_path_factory):
     return write_atlas(tmp_path_factory.mktemp("atlas"))
 
 
-def make(path, pipeline=PipelineConfig(), *, host=0, with_target=False, **plan: Any):  # noqa: B008 - frozen
-    source, how = open_source(path), recipe(with_target=with_target)
+def make(path, pipeline=PipelineConfig(), *, host=0, target=None, **plan: Any):  # noqa: B008 - frozen
+    source, how = open_source(path), recipe(target=target)
     index, _ = length_index(source, how, on_error="raise")
     config = PlanConfig(**{"batch_size": 4, "seed": 5, **plan})
     cost = SlotCost.of(CONFIG)
@@ -143,7 +145,7 @@ def test_a_cached_sample_is_decoded_once(atlas, monkeypatch):
 
 
 def test_targets_are_trained_and_prompts_are_not(atlas):
-    plain, taught = make(atlas), make(atlas, with_target=True)
+    plain, taught = make(atlas), make(atlas, target=target_text)
     source = open_source(atlas)
     encode = recipe().tokenizer.encode
     for _, batch in taught.batches(0, 8):
@@ -155,11 +157,29 @@ def test_targets_are_trained_and_prompts_are_not(atlas):
         np.testing.assert_array_equal(batch["prompt_length"], (batch["segment_ids"] > 0).sum(1))
 
 
+@pytest.mark.parametrize("mode", ["mixed", "packed"])
+def test_a_batch_knows_the_head_and_the_class_of_every_sample(atlas, mode, tmp_path):
+    shutil.copytree(atlas.parent, tmp_path, dirs_exist_ok=True)
+    path, seen = tmp_path / atlas.name, set()
+    edit_row(path, 3, dataset="siq2", task="social_qa")
+    source, pipeline = open_source(path), make(path, mode=mode, batch_size=2)
+    for _, batch in pipeline.batches(0, pipeline.planner.steps_per_epoch):
+        assert batch["domain"].dtype == batch["label"].dtype == np.int32
+        for place, i in np.ndenumerate(batch["index"]):
+            domain, label = batch["domain"][place], batch["label"][place]
+            seen.add(i)
+            if i in (MASKED, 3):  # nothing, and a free-form answer
+                assert domain == label == -1
+            else:
+                assert domain == HBA.head(source[i].dataset) and HBA.classes[label] == (HBA.domains[domain].name, source[i].answer)
+    assert seen - {MASKED} == set(range(30))
+
+
 def test_the_target_text(atlas):
     sample = open_source(atlas)[1]
     assert target_text(sample) == r"<think>the words say so</think>\boxed{sad}"
     bare = dataclasses.replace(sample, rationale="")
-    assert target_text(bare) == r"\boxed{sad}" and target_text(bare, "%s") == "sad"
+    assert target_text(bare) == r"\boxed{sad}" and lower_answer(dataclasses.replace(bare, answer="Sad")) == "sad"
 
 
 def test_a_host_that_is_not_there_is_refused(atlas):

@@ -16,6 +16,7 @@ from omnisapiens_jax.processing.example import Bucket
 
 COST = SlotCost.of(ThinkerConfig.preset("7b"))
 NAMES = ("text", "text_audio", "text_video_audio")
+SOURCES = (("a", "b", "c", "d", "e"), ("x_cls", "y_cls", "z_qa"))  # names of datasets and tasks
 
 
 def make_index(count: int, seed: int = 0) -> Index:
@@ -32,13 +33,13 @@ def make_index(count: int, seed: int = 0) -> Index:
     sizes[:, 0] = rng.lognormal(5, 0.5, size=count) + 20 + sizes[:, 2] + 16 * sizes[:, 3] * sizes[:, 4]
     ids = np.sort(rng.choice(10 * count, count, replace=False)).astype(np.int64)
     datasets = rng.choice(5, count, p=[0.5, 0.3, 0.1, 0.06, 0.04]).astype(np.int32)
-    return Index(ids, signatures, NAMES, sizes, np.zeros(count, np.int32), datasets, datasets // 2)
+    return Index(ids, signatures, NAMES, sizes, np.zeros(count, np.int32), datasets, datasets // 2, *SOURCES)
 
 
 def alike(signatures: np.ndarray, sizes: np.ndarray) -> Index:
     """Samples of one dataset."""
     zeros = np.zeros(len(sizes), np.int32)
-    return Index(np.arange(len(sizes)), signatures.astype(np.int32), NAMES[: signatures.max() + 1], sizes, zeros, zeros, zeros)
+    return Index(np.arange(len(sizes)), signatures.astype(np.int32), NAMES[: signatures.max() + 1], sizes, zeros, zeros, zeros, *SOURCES)
 
 
 def make_planner(index: Index, **config) -> Planner:

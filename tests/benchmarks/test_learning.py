@@ -25,13 +25,13 @@ def answered(path: Path, right: int, count: int = 40) -> None:
 def runs(tmp_path: Path) -> Path:
     """Finished runs of seeds 0 and 1."""
     for seed, (before, after) in enumerate(((10, 20), (12, 30))):
-        rl, sft = tmp_path / f"rl-{seed}", tmp_path / f"sft-{seed}"
+        rl, generative = tmp_path / f"rl-{seed}", tmp_path / f"generative-{seed}"
         (rl / "rl").mkdir(parents=True)
         (rl / "rl" / "metrics.jsonl").write_text('{"step": 0, "time/seconds": 90}\n{"step": 1, "time/seconds": 30}\n')
         answered(rl / "evaluation-before.json", before)
         answered(rl / "evaluation-after.json", after)
-        sft.mkdir()
-        answered(sft / "evaluation-sft.json", 36)
+        generative.mkdir()
+        answered(generative / "evaluation-generative.json", 36)
         for lost, modality in enumerate(MODALITIES, start=1):
             answered(rl / f"evaluation-after-without-{modality}.json", after - lost)
     return tmp_path
@@ -95,7 +95,7 @@ def test_missing_runs_are_run_and_leave_their_pages(tmp_path: Path) -> None:
     measured = learning.outcome(tmp_path, 3, configure)
     assert all(len(right) == 31 for right in measured.right.values()) and len(measured.right) == 6
     assert json.loads((tmp_path / "rl-3" / "config.json").read_text())["seed"] == 3
-    for job in ("rl", "sft"):
+    for job in ("rl", "generative"):
         page = (tmp_path / f"{job}-3" / "report.html").read_text()
         assert "of 31 samples" in page and "data:video/mp4;base64," in page
     assert "With one modality taken away" in (tmp_path / "rl-3" / "report.html").read_text()

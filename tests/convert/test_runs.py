@@ -164,7 +164,7 @@ def test_what_is_no_whole_stage_is_told(tmp_path: Path, weights: Path) -> None:
     shutil.copytree(weights, moved)
     config = tmp_path / "run" / "config.json"
     text = config.read_text()
-    config.write_text(json.dumps({"model": {"weights": "", "preset": "tiny", "lora": json.loads(text)["model"]["lora"]}}))
+    config.write_text(json.dumps({"model": json.loads(text)["model"] | {"weights": ""}}))
     with pytest.raises(ConversionError, match=r"config\.json: the run trained LoRA factors on random weights, which it did not keep"):
         open_source(tmp_path / "run" / "rl")
     config.write_text("{}")

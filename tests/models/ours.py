@@ -4,25 +4,28 @@ from __future__ import annotations
 
 import functools
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
+from flax import nnx, traverse_util
 
 from omnisapiens_jax.convert.checkpoint import put_params
 from omnisapiens_jax.convert.huggingface import open_huggingface
+from omnisapiens_jax.convert.names import mappings
 from omnisapiens_jax.convert.source import Params, read_params
 from omnisapiens_jax.generation.sampling import Generator, Sampling, rollout_keys
 from omnisapiens_jax.models.config import ThinkerConfig
 from omnisapiens_jax.models.layers import LoraConfig
 from omnisapiens_jax.models.thinker import Thinker
 from omnisapiens_jax.processing.example import Batch
-from tests.models import cases
+from tests.models import cases, references
 
 GREEDY = 16
+_FACTORS = (("lora_A", "lora_a"), ("lora_B", "lora_b"))
 
 
 @functools.cache
@@ -43,6 +46,37 @@ def make(config: ThinkerConfig, params: Params, lora: LoraConfig | None = None) 
     made = nnx.jit(build)() if lora else nnx.eval_shape(build)  # random weights that are all replaced need not be computed
     put_params(made, params)
     return made
+
+
+def put_factors(model: Thinker, config_name: str) -> None:
+    """Gives a thinker with `references.LORA` the factors of the oracle's."""
+    factors = references.lora_factors(config_name)
+    for theirs, path, layer in _adapted(config_name):
+        module = model
+        for part in path:
+            module = getattr(module, part)
+        for name, ours_name in _FACTORS:
+            variable = getattr(module, ours_name)
+            variable.set_value(variable.get_value().at[layer].set(factors[f"{theirs}/{name}"].T))
+
+
+def named_factors(adapters: dict[str, Any], config_name: str) -> dict[str, np.ndarray]:
+    """Arrays in the places of factors, as a nested dict, by the names and in the axes of the oracle."""
+    flat = traverse_util.flatten_dict(adapters)
+    return {
+        f"{theirs}/{name}": np.asarray(flat[(*path, ours_name)])[layer].T
+        for theirs, path, layer in _adapted(config_name)
+        for name, ours_name in _FACTORS
+    }
+
+
+def _adapted(config_name: str) -> Iterator[tuple[str, tuple[str, ...], int]]:
+    """Their module, our module and the layer of every adapter."""
+    modules = {name.split("/")[0] for name in references.lora_factors(config_name)}
+    for row in mappings(cases.CONFIGS[config_name]):
+        for layer, name in enumerate(row.their_names):
+            if name.removesuffix(".weight") in modules and name.endswith(".weight"):
+                yield name.removesuffix(".weight"), row.ours[:-1], layer
 
 
 def forward(model: Thinker, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:

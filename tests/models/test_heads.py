@@ -9,7 +9,7 @@ import optax
 import pytest
 from flax import nnx
 
-from omnisapiens_jax.models.heads import DomainHeads, pool
+from omnisapiens_jax.models.heads import DomainHeads, own_tokens, pool
 from omnisapiens_jax.processing.torch_files import read_torch_file
 from tests import parts
 
@@ -65,6 +65,22 @@ def test_a_row_without_tokens_is_zero_and_padding_does_not_count() -> None:
     np.testing.assert_array_equal(pooled[parts.LENGTHS.index(0)], 0)
     wild = np.where(mask[..., None], values, 3e4)
     np.testing.assert_array_equal(pool(jnp.asarray(wild), jnp.asarray(mask)), pooled)
+
+
+def test_samples_that_share_a_row_are_pooled_and_scored_apart() -> None:
+    """Two and three in a row, between them a place without any, behind them padding."""
+    values, _ = parts.states()
+    segments = np.array([[1] * 4 + [3] * 9 + [0] * 17, [2] * 3 + [1] * 20 + [3] * 2 + [0] * 5])
+    domains = np.array([[0, -1, 4], [1, 6, 2]])
+    packed = pool(jnp.asarray(values[:2]), own_tokens(jnp.asarray(segments), jnp.asarray(domains)))
+    scored = heads_of(parts.LABELS)(packed, jnp.asarray(domains))
+    assert packed.shape == (2, 3, parts.WIDTH) and scored.shape == (2, 3, sum(parts.LABELS))
+    for row, sample in np.ndindex(2, 3):
+        alone = pool(jnp.asarray(values[row : row + 1]), own_tokens(jnp.asarray(segments[row : row + 1] == sample + 1), jnp.zeros(1)))
+        np.testing.assert_allclose(packed[row, sample], alone[0], rtol=1e-6)  # a few float32 roundings: summed in another order
+        found = heads_of(parts.LABELS)(alone, jnp.asarray(domains[row, sample : sample + 1]))
+        np.testing.assert_allclose(scored[row, sample], found[0], rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(packed[0, 1], 0)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -75,14 +73,7 @@ def test_the_unrolled_stack_decodes_the_same_tokens() -> None:
 def our_gradients(config: str) -> tuple[float, dict[str, np.ndarray]]:
     """Loss and gradients by the names and in the axes of the file."""
     model = ours.make(cases.CONFIGS[config], nnx.to_pure_dict(nnx.state(ours.thinker(config), nnx.Param)), references.LORA)
-    factors = references.lora_factors(config)
-    for theirs, path, layer in adapted(config):
-        module = model
-        for part in path:
-            module = getattr(module, part)
-        for name, ours_name in (("lora_A", "lora_a"), ("lora_B", "lora_b")):
-            variable = getattr(module, ours_name)
-            variable.set_value(variable.get_value().at[layer].set(factors[f"{theirs}/{name}"].T))
+    ours.put_factors(model, config)
 
     @nnx.jit
     def run(model: Thinker, batch: dict[str, jax.Array]) -> tuple[jax.Array, nnx.State]:
@@ -99,20 +90,7 @@ def our_gradients(config: str) -> tuple[float, dict[str, np.ndarray]]:
         array = np.asarray(flat[row.ours])
         for layer, name in enumerate(row.their_names):
             found[name] = row.to_theirs(array if row.layers is None else array[layer])
-    flat = traverse_util.flatten_dict(adapters)
-    for theirs, path, layer in adapted(config):
-        for name, ours_name in (("lora_A", "lora_a"), ("lora_B", "lora_b")):
-            found[f"{theirs}/{name}"] = np.asarray(flat[(*path, ours_name)])[layer].T
-    return float(value), found
-
-
-def adapted(config: str) -> Iterator[tuple[str, tuple[str, ...], int]]:
-    """Their module, our module and the layer of every adapter."""
-    modules = {name.split("/")[0] for name in references.lora_factors(config)}
-    for row in mappings(cases.CONFIGS[config]):
-        for layer, name in enumerate(row.their_names):
-            if name.removesuffix(".weight") in modules and name.endswith(".weight"):
-                yield name.removesuffix(".weight"), row.ours[:-1], layer
+    return float(value), found | ours.named_factors(adapters, config)
 
 
 @pytest.mark.oracle

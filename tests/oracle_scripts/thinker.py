@@ -8,7 +8,7 @@ import re
 import numpy as np
 import torch
 from _serve import serve
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import GenerationConfig, Qwen2_5OmniThinkerForConditionalGeneration
 
 GREEDY = 16
@@ -78,8 +78,8 @@ def greedy(model: Qwen2_5OmniThinkerForConditionalGeneration, given: dict) -> di
     return {"greedy": out.sequences[:, given["input_ids"].shape[1] :].numpy(), "margin": (best[..., 0] - best[..., 1]).numpy()}
 
 
-def gradients(folder: str, attention: str, factors: dict[str, np.ndarray], given: dict) -> dict[str, np.ndarray]:
-    """Loss, and its gradient for every parameter and both factors of every adapter, by the names on disk."""
+def adapted(folder: str, attention: str, factors: dict[str, np.ndarray]) -> tuple[PeftModel, dict[str, torch.nn.Parameter]]:
+    """The checkpoint under peft's LoRA with these factors, and its parameters by the names on disk."""
     model = load(folder, attention)
     in_memory = {_on_disk(name): name for name, _ in model.named_modules()}
     targets = sorted({in_memory[name.split("/")[0]] for name in factors})
@@ -93,6 +93,12 @@ def gradients(folder: str, attention: str, factors: dict[str, np.ndarray], given
         raise ValueError(f"peft adapts {sorted(adapters)}, asked were {sorted(factors)}")
     for name, value in adapters.items():
         value.data = torch.from_numpy(factors[name])
+    return model, parameters
+
+
+def gradients(folder: str, attention: str, factors: dict[str, np.ndarray], given: dict) -> dict[str, np.ndarray]:
+    """Loss, and its gradient for every parameter and both factors of every adapter, by the names on disk."""
+    model, parameters = adapted(folder, attention, factors)
     for value in parameters.values():
         value.requires_grad_(True)
     out = model(**given)

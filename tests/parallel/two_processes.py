@@ -54,9 +54,10 @@ def begin_together() -> None:
 
 
 def sft_gradients(config: ConfigDict, here: World, folder: Path) -> None:
+    from omnisapiens_jax.atlas.recipe import target_text
     from omnisapiens_jax.training import sft
 
-    train = here.run(folder).atlas.split(config.atlas.train, batch_size=8, target=True, shuffle=True)
+    train = here.run(folder).atlas.split(config.atlas.train, batch_size=8, target=target_text, shuffle=True)
     batch = put_batch(next(train.pipeline.batches(0, 1))[1], here.mesh)
     loss, _, grads = jax.jit(functools.partial(sft.sft_gradients, here.graph, 1))(here.state, batch)
     leaves = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(grads)}
@@ -70,7 +71,7 @@ def grpo(config: ConfigDict, here: World, folder: Path) -> None:
     from tests.training import test_killed
 
     run = here.run(folder)
-    prompts = run.atlas.split(config.atlas.train, batch_size=8, target=False, shuffle=True)
+    prompts = run.atlas.split(config.atlas.train, batch_size=8, target=None, shuffle=True)
     generator, tokenizer = run.generator(config.rl.rollouts, 1.0), run.atlas.tokenizer
     state = rl.improve(config.rl, 0, folder / "rl", here.graph, here.state, generator, prompts, tokenizer, test_killed.cosine, here.mesh)
     run.evaluate("after", state, run.held_out())

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from omnisapiens_jax.atlas.recipe import target_text
 from omnisapiens_jax.evaluation.evaluate import answer_all
 from omnisapiens_jax.parallel.mesh import on_mesh
 from omnisapiens_jax.training import rl, sft
@@ -47,15 +48,15 @@ def check(workdir: Path, since: int) -> None:
 
 def test_sft_and_its_validation(at: world.World, tmp_path: Path) -> None:
     run, stage = at.run(tmp_path), at.config.warm_start
-    train = run.atlas.split(at.config.atlas.train, batch_size=stage.batch_size, target=True, shuffle=True)
-    validation = run.atlas.split(at.config.atlas.validation, batch_size=8, target=True, shuffle=False)
+    train = run.atlas.split(at.config.atlas.train, batch_size=stage.batch_size, target=target_text, shuffle=True)
+    validation = run.atlas.split(at.config.atlas.validation, batch_size=8, target=target_text, shuffle=False)
     sft.fit(stage, tmp_path, at.graph, at.state, train, validation, at.mesh)
     check(tmp_path, max(warm_step(train), stage.eval_every - 1))
 
 
 def test_grpo(at: world.World, tmp_path: Path) -> None:
     run, stage = at.run(tmp_path), at.config.rl
-    prompts = run.atlas.split(at.config.atlas.train, batch_size=stage.prompts, target=False, shuffle=True)
+    prompts = run.atlas.split(at.config.atlas.train, batch_size=stage.prompts, target=None, shuffle=True)
     generator = run.generator(stage.rollouts, stage.temperature)
     state = world.world(at.config).state  # updates are made in place
     rl.improve(stage, 0, tmp_path, at.graph, state, generator, prompts, run.atlas.tokenizer, None, at.mesh)
@@ -64,7 +65,7 @@ def test_grpo(at: world.World, tmp_path: Path) -> None:
 
 def test_evaluation(at: world.World, tmp_path: Path) -> None:
     run = at.run(tmp_path)
-    split = run.atlas.split(at.config.atlas.test, batch_size=8, target=False, shuffle=False)
+    split = run.atlas.split(at.config.atlas.test, batch_size=8, target=None, shuffle=False)
     generator = run.generator(1, 0.0)
     view, counts = generator.view(parameters(world.world(at.config).state)), []
     for _ in range(2):

@@ -35,7 +35,7 @@ def go(workdir: Path, here: world.World, begin: state.TrainState) -> None:
     run, config = here.run(workdir), here.config
     with on_mesh(here.mesh):
         policy = run.fit(config.warm_start, "warm_start", jax.tree.map(jnp.copy, begin))
-        prompts = run.atlas.split(config.atlas.train, batch_size=config.rl.prompts, target=False, shuffle=True)
+        prompts = run.atlas.split(config.atlas.train, batch_size=config.rl.prompts, target=None, shuffle=True)
         generator, tokenizer = run.generator(config.rl.rollouts, 1.0), run.atlas.tokenizer
         rl.improve(config.rl, 0, workdir / "rl", here.graph, policy, generator, prompts, tokenizer, cosine, here.mesh)
 
@@ -122,7 +122,7 @@ def test_a_workdir_that_cannot_be_written_is_told(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("setting", "value", "told"),
     [
-        ("job", "dream", "unknown config.job 'dream'; known: rl, sft"),
+        ("job", "dream", "unknown config.job 'dream'; known: rl, generative, sft, qa"),
         ("warm_start.rows", "half", "unknown config.warm_start.rows 'half'; known: all, third, rest, none"),
         ("rl.rows", "none", "unknown config.rl.rows 'none'; known: all, third, rest"),
         ("model.remat", "some", "unknown config.model.remat 'some'; known: none, full, dots"),
@@ -179,8 +179,8 @@ def test_gradients_that_are_not_finite(here: world.World, tmp_path: Path, monkey
     run = here.run(tmp_path)
     honest = sft.sft_gradients
 
-    def broken(graph: Any, micro: int, policy: state.TrainState, batch: dict[str, jax.Array]) -> Any:
-        loss, tokens, grads = honest(graph, micro, policy, batch)
+    def broken(graph: Any, micro: int, policy: state.TrainState, batch: dict[str, jax.Array], objective: Any) -> Any:
+        loss, tokens, grads = honest(graph, micro, policy, batch, objective)
         bad = (policy.step == 1) | (policy.step >= 4)
         return loss, tokens, jax.tree.map(lambda g: jnp.where(bad, jnp.nan, g), grads)
 

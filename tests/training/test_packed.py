@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from omnisapiens_jax.atlas.recipe import Recipe
+from omnisapiens_jax.atlas.recipe import Recipe, target_text
 from omnisapiens_jax.generation.sampling import Generator, Sampling
 from omnisapiens_jax.parallel.mesh import on_mesh
 from omnisapiens_jax.processing.chat import FORMAT_PROMPTS
@@ -31,10 +31,10 @@ ROWS = ((0, 1, 2), (3, 4))  # samples of each packed row; another place of the f
 @functools.cache
 def examples() -> list[Example]:
     """Five samples of the committed clips, text alone, with sound and with pictures among them."""
-    made = world.config("sft")
+    made = world.config("generative")
     atlas = Atlas(made, tiny.TINY)
     options = ProcessingConfig(**{**made.processing.to_dict(), "format_prompt": FORMAT_PROMPTS[made.processing.format_prompt]})
-    recipe = Recipe(atlas.tokenizer, tiny.TINY, options, max_tokens=256, with_target=True)
+    recipe = Recipe(atlas.tokenizer, tiny.TINY, options, max_tokens=256, target=target_text)
     source = atlas.source(made.atlas.train)
     by_signature: dict[str, list[int]] = {}
     for i in range(len(source)):
@@ -117,10 +117,10 @@ def test_positions_may_begin_anywhere_but_not_at_the_same_place_as_a_neighbours(
 
 
 def test_packing_what_is_sampled_from_is_refused() -> None:
-    with pytest.raises(ValueError, match="packed is for sft"):
+    with pytest.raises(ValueError, match="packed is for supervised training"):
         check(world.config("rl", atlas__batches="packed"), world.mesh_of((1, 1, 1)))
     with pytest.raises(ValueError, match="unknown config.atlas.batches 'pack'"):
-        check(world.config("sft", atlas__batches="pack"), world.mesh_of((1, 1, 1)))
+        check(world.config("generative", atlas__batches="pack"), world.mesh_of((1, 1, 1)))
     sampling = Sampling(rollouts=1, max_tokens=4, temperature=0.0, eos=(tiny.TINY.tokens.im_end,), pad=tiny.TINY.tokens.pad, chunk=4)
     generator = Generator(tiny.thinker(), sampling, unroll=False)
     with pytest.raises(ValueError, match="packed rows cannot be continued"):
@@ -129,11 +129,11 @@ def test_packing_what_is_sampled_from_is_refused() -> None:
 
 @pytest.mark.slow
 def test_a_run_trains_on_packed_rows_and_answers_prompts(tmp_path: Path) -> None:
-    made = world.config("sft", atlas__batches="packed", atlas__training__temperature=2.0, atlas__training__audio_dropout=0.2)
-    made.sft.batch_size = 2
+    made = world.config("generative", atlas__batches="packed", atlas__training__temperature=2.0, atlas__training__audio_dropout=0.2)
+    made.generative.batch_size = 2
     here = world.world(made)
     with on_mesh(here.mesh):
         job = here.run(tmp_path)
-        state = job.fit(made.sft, "sft", here.state)
-        assert int(state.step) > 0 and read_metrics(tmp_path / "sft" / "metrics.jsonl")
-        assert len(job.evaluate("sft", state, job.held_out())) == len(job.atlas.source(made.atlas.test))
+        state = job.fit(made.generative, "generative", here.state)
+        assert int(state.step) > 0 and read_metrics(tmp_path / "generative" / "metrics.jsonl")
+        assert len(job.evaluate("generative", state, job.held_out())) == len(job.atlas.source(made.atlas.test))

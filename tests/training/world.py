@@ -14,6 +14,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from omnisapiens_jax.atlas.recipe import target_text
 from omnisapiens_jax.generation.sampling import rollout_keys
 from omnisapiens_jax.models.config import PRESETS
 from omnisapiens_jax.parallel.mesh import local_rows, make_mesh, on_mesh, put_batch
@@ -41,7 +42,7 @@ def config(job: str = "rl", mesh: Mesh3 = (1, 1, 1), **changes: Any) -> ConfigDi
     made.eval_batch = 8
     made.generation.max_tokens = 8
     made.generation.chunk = 4
-    stage = made.warm_start if job == "rl" else made.sft
+    stage = made.warm_start if job == "rl" else made[job]
     stage.update({"rows": "all", "batch_size": 8, "steps": 4, "eval_every": 2})
     if job == "rl":
         made.rl.update({"rows": "all", "prompts": 8, "rollouts": 2, "steps": 4, "save_every": 2, "record_every": 0})
@@ -78,7 +79,7 @@ def world(made: ConfigDict) -> World:
 def batch(*, target: bool) -> dict[str, np.ndarray]:
     """The first eight rows of the training split: audio, video and text alone among them."""
     made = config()
-    split = Atlas(made, tiny.TINY).split(made.atlas.train, batch_size=8, target=target, shuffle=True)
+    split = Atlas(made, tiny.TINY).split(made.atlas.train, batch_size=8, target=target_text if target else None, shuffle=True)
     found = next(split.pipeline.batches(0, 1))[1]
     assert (found["audio_frames"].sum(-1) > 0).any() and found["patch_mask"].any()
     return found
