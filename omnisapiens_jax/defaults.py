@@ -48,7 +48,8 @@ def base(size: str) -> ConfigDict:
     config.mesh = ConfigDict({"data": -1, "fsdp": 1 if mini else 4, "tensor": 1})
     config.atlas = ConfigDict(
         {
-            "path": "",  # the folder of the splits; empty = the miniature atlas, made on first use
+            "path": "",  # the folder of the splits; empty = the miniature atlas or the real texts, by the scheme, made on first use
+            "scheme": "hba",  # what its datasets and labels are: those of Human Behavior Atlas, or real_text
             "samples": 4500,  # of the miniature atlas
             "seed": 0,
             "train": "train",  # a split in any form that the folder has it, or a .jsonl or .parquet file

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 
 from omnisapiens_jax import defaults
 from omnisapiens_jax.atlas.faults import Policy
-from omnisapiens_jax.atlas.labels import HBA
+from omnisapiens_jax.atlas.labels import SCHEMES
 from omnisapiens_jax.atlas.plan import Index, Mode, PlanConfig
 from omnisapiens_jax.atlas.recipe import Target, lower_answer, target_text
 from omnisapiens_jax.evaluation.classify import Predict, classify_all
@@ -35,7 +35,7 @@ from omnisapiens_jax.rl.similarity import Similarity
 from omnisapiens_jax.training import rl, sft
 from omnisapiens_jax.training.data import QUARANTINE, Atlas, Rows, Split, rows_of_kind
 from omnisapiens_jax.training.journal import Compilations, console, progress, read_metrics
-from omnisapiens_jax.training.losses import ANSWERS, CLASSES, Objective
+from omnisapiens_jax.training.losses import ANSWERS, CLASSES, SHARES, Objective
 from omnisapiens_jax.training.state import (
     TrainState,
     create_state,
@@ -66,6 +66,7 @@ class Lesson:
 
 RESPONSES = Lesson(ANSWERS, target_text, None)
 LABELS = Lesson(CLASSES, None, "cls")
+RATERS = Lesson(SHARES, None, "cls")
 FREE_FORM = Lesson(ANSWERS, lower_answer, "qa")
 
 ROWS: dict[str, Rows | None] = {"all": None, "third": _third, "rest": lambda index: ~_third(index)}
@@ -86,7 +87,7 @@ class Run:
 
     def fit(self, stage: ml_collections.ConfigDict, folder: str, state: TrainState, lesson: Lesson = RESPONSES) -> TrainState:
         """Supervised training on the rows the stage names."""
-        atlas, batches = self.config.atlas, {"target": lesson.target, "packs": True}
+        atlas, batches = self.config.atlas, {"target": lesson.target, "packs": True, "rated": lesson.objective is SHARES}
         train = self.atlas.split(atlas.train, batch_size=stage.batch_size, shuffle=True, rows=lesson.rows(ROWS[stage.rows]), **batches)
         validation = self.atlas.split(atlas.validation, batch_size=self.config.eval_batch, shuffle=False, rows=lesson.rows(), **batches)
         state = sft.fit(stage, self.workdir / folder, self.graph, state, train, validation, self.mesh, lesson.objective)
@@ -142,7 +143,7 @@ class Run:
             if without not in ("", "text"):
                 batches = (blank(batch, without) for batch in batches)
             if self.config.model.heads:
-                answers = classify_all(self.predict, parameters(state), batches, split.source, self.mesh)
+                answers = classify_all(self.predict, parameters(state), batches, split.source, self.mesh, self.atlas.scheme)
             else:
                 view = self.greedy.view(parameters(state))
                 answers = answer_all(self.greedy, view, batches, split.source, self.atlas.tokenizer, self.mesh)
@@ -160,7 +161,7 @@ class Run:
         if jax.process_index() == 0:
             curves = {stage: read_metrics(self.workdir / stage / "metrics.jsonl") for stage in STAGES}
             atlas = self.config.atlas
-            path = write_report(self.workdir, curves, test=self.atlas.source(atlas.test), train=self.atlas.source(atlas.train))
+            path = write_report(self.workdir, curves, test=self.atlas.source(atlas.test), train=self.atlas.source(atlas.train), scheme=self.atlas.scheme)
             console.print(f"The report is {path.absolute()}", soft_wrap=True)
 
 
@@ -212,6 +213,8 @@ def _rl(run: Run, state: TrainState) -> None:
 def _supervised(run: Run, state: TrainState, *, lesson: Lesson) -> None:
     job = run.config.job
     held_out = run.held_out(lesson)  # before the long work: a row that cannot be used is told now
+    if job == "sft" and run.config.sft.labels == "raters":
+        lesson = RATERS
     run.evaluate(job, run.fit(run.config[job], job, state, lesson), held_out)
     run.report()
 
@@ -236,6 +239,7 @@ def check(config: ml_collections.ConfigDict, mesh: Mesh) -> None:
         ("processing.format_prompt", config.processing.format_prompt, FORMAT_PROMPTS),
         ("atlas.on_error", config.atlas.on_error, get_args(Policy)),
         ("atlas.batches", config.atlas.batches, get_args(Mode)),
+        ("atlas.scheme", config.atlas.scheme, SCHEMES),
     ]
     counts = ["eval_batch", "atlas.buckets", "generation.chunk", "generation.max_tokens"]
     stages = [name for name in STAGES if name in config]
@@ -264,8 +268,10 @@ def check(config: ml_collections.ConfigDict, mesh: Mesh) -> None:
                 f"(data x fsdp) or the {parts} micro-batches: make it a multiple of {updates * math.lcm(ways, parts)}"
             )
     PlanConfig(batch_size=1, **config.atlas.training)
+    if config.job == "sft" and config.sft.labels not in ("answers", "raters"):
+        raise ValueError(f"unknown config.sft.labels {config.sft.labels!r}; known: answers, raters")
     trainable_filter(config.model)
-    heads = tuple(len(domain.labels) for domain in HBA.domains) if config.job == "sft" else ()
+    heads = tuple(len(domain.labels) for domain in SCHEMES[config.atlas.scheme].domains) if config.job == "sft" else ()
     if tuple(config.model.heads) != heads:
         raise ValueError(f"config.model.heads {tuple(config.model.heads)} must be {heads} in a run of the job {config.job}")
     if (config.model.trains == "lm_head") != (config.job == "qa"):
