@@ -87,6 +87,7 @@ class Package:
         Raises:
             RuntimeError: the download failed, or the archive is another file; says what to do instead.
         """
+
         def fetched(draft: Path) -> None:
             with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
                 placed = folder.parent / self.file
@@ -94,7 +95,9 @@ class Package:
                 with archive.open("rb") as file:
                     found = hashlib.file_digest(file, "sha256").hexdigest()
                 if found != self.sha256:
-                    message = f"{archive} has SHA-256 {found}, expected {self.sha256}: it is damaged or another file; remove it and try again"
+                    message = (
+                        f"{archive} has SHA-256 {found}, expected {self.sha256}: it is damaged or another file; remove it and try again"
+                    )
                     raise RuntimeError(message)
                 fill(archive, draft)
 
@@ -107,9 +110,10 @@ class Package:
         pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps", kind, "--require-hashes"]
         done = subprocess.run([*pip, "--dest", str(scratch), "--requirement", str(listed)], capture_output=True, text=True)
         if done.returncode:
+            instead = f", or {otherwise}" if otherwise else ""
             raise RuntimeError(
                 f"could not download {self.requirement}. Offline? On another machine run\n"
-                f"  pip download --no-deps {kind} {self.requirement}\nand copy {self.file} to {placed}{otherwise and f', or {otherwise}'}.\n"
+                f"  pip download --no-deps {kind} {self.requirement}\nand copy {self.file} to {placed}{instead}.\n"
                 f"pip said: {done.stderr.strip()}"
             )
         return scratch / self.file

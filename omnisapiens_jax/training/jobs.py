@@ -161,7 +161,9 @@ class Run:
         if jax.process_index() == 0:
             curves = {stage: read_metrics(self.workdir / stage / "metrics.jsonl") for stage in STAGES}
             atlas = self.config.atlas
-            path = write_report(self.workdir, curves, test=self.atlas.source(atlas.test), train=self.atlas.source(atlas.train), scheme=self.atlas.scheme)
+            path = write_report(
+                self.workdir, curves, test=self.atlas.source(atlas.test), train=self.atlas.source(atlas.train), scheme=self.atlas.scheme
+            )
             console.print(f"The report is {path.absolute()}", soft_wrap=True)
 
 

@@ -37,7 +37,9 @@ def test_a_tweet_has_the_label_of_its_mean_rating_and_the_share_of_each_sign() -
     assert (table.text, table.label) == ("A table here", "neutral")  # on the edge; a line ends at a newline alone
 
 
-@pytest.mark.parametrize(("ratings", "label"), [([0, -1], "neutral"), ([-1, -1, 0], "negative"), ([1, 1, 0], "positive"), ([4, -4], "neutral")])
+@pytest.mark.parametrize(
+    ("ratings", "label"), [([0, -1], "neutral"), ([-1, -1, 0], "negative"), ([1, 1, 0], "positive"), ([4, -4], "neutral")]
+)
 def test_a_mean_within_half_a_point_of_zero_is_neutral(ratings: list[int], label: str) -> None:
     (text,) = read_tweets("7\t9.9\tx", f"7\t9.9\t0\t{ratings}")  # whatever mean is printed
     assert text.label == label

