@@ -1,10 +1,14 @@
-"""The thinker against transformers on torch, side by side: `make bench`, or `python benchmarks/speed.py [--pairs 7] [--growth-pairs 3]`.
+"""The thinker against transformers on torch, side by side: `make bench`, or `python benchmarks/speed.py [--pairs 7] [--growth-pairs 3]
+[--tasks heads]`.
 
 Same random weights (float32, 98M parameters: 12 layers, hidden 768, 12/2 heads, ffn 2048, vocabulary 16,384), same tokens, two threads
 each. Each side is one long-lived process a task; runs alternate A B A B, so that whatever else the machine does falls on both. A ratio
 is of one pair of neighbouring runs (theirs / ours: above 1 we are faster); the median is given with the smallest and the greatest.
 Both sides get huge pages for malloc (GLIBC_TUNABLES), which spares each of them page faults, and sleeping OpenMP threads. The answers
 are compared before anything is timed: a side that computes something else has no speed.
+
+`heads` is a step of the classifier of stage 1: LoRA under a head for each domain, on the pooled states before the last layer, and no LM
+logits on either side. transformers runs the last layer, as every trainer on top of it does; ours leaves it out.
 
 A Markdown table goes to stdout, the cases with a floor and then others that show how the cost grows. The peak is the resident memory of
 the process while it runs the case, weights included.
@@ -26,22 +30,26 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from speed_child import LORA_RANK, VOCAB, Case
+from speed_child import HEADS_RANK, LABELS, VOCAB, Case
 
 from omnisapiens_jax.convert.huggingface import save_thinker
 from omnisapiens_jax.convert.names import abstract_params
 from omnisapiens_jax.models.config import AudioConfig, TextConfig, ThinkerConfig, TokenIds, VisionConfig
 
 HERE = Path(__file__).resolve().parent
+TASKS = ("prefill", "train", "heads", "decode")
 FLOORS = {  # and the ratio that each must keep
     Case("prefill", 1, 512): 0.9,
     Case("train", 2, 256): 1.0,
+    Case("heads", 2, 256): 1.2,
     Case("decode", 1, 256, 128): 1.3,
     Case("decode", 8, 256, 128): 1.0,
 }
+LEAN = ("heads",)  # tasks whose peak may not exceed theirs
 GROWTH = (  # how the cost grows with length and batch
     *(Case("prefill", batch, length) for batch, length in ((1, 128), (1, 2048), (4, 512))),
     *(Case("train", batch, length) for batch, length in ((2, 128), (2, 512), (4, 256))),
+    *(Case("heads", batch, length) for batch, length in ((2, 512), (8, 256))),
     *(Case("decode", batch, length, 32) for batch, length in ((1, 256), (1, 1024), (4, 256), (16, 256))),
 )
 CONFIG = ThinkerConfig(
@@ -104,14 +112,19 @@ class Timing:
         """Median of one side."""
         return statistics.median(run[what] for run in side)
 
+    def peak(self, side: list[dict[str, float]]) -> float:
+        """The greatest resident memory of one side, in bytes."""
+        return max(run["peak"] for run in side)
+
 
 def main() -> int:
-    """Runs the race; status 1 when a ratio is below what it must be."""
+    """Runs the race; status 1 when a ratio is below what it must be, or a peak above."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=7, help="runs of each side, each case of the bars (default: 7)")
     parser.add_argument(
         "--growth-pairs", type=int, default=3, help="the same of the cases that show growth; 0 leaves them out (default: 3)"
     )
+    parser.add_argument("--tasks", nargs="+", default=TASKS, choices=TASKS, help="which of them (default: all)")
     options = parser.parse_args()
     oracle = os.environ.get("OMNISAPIENS_ORACLE_PYTHON") or str(HERE.parent / ".venv-oracle" / "bin" / "python")
     if not Path(oracle).exists():
@@ -121,12 +134,13 @@ def main() -> int:
         folder = Path(scratch) / "model"
         write_weights(folder)
         print(HEADER, flush=True)
-        for task in ("prefill", "train", "decode"):
+        for task in options.tasks:
             wanted = {case: options.pairs for case in FLOORS if case.task == task}
             wanted |= {case: options.growth_pairs for case in GROWTH if case.task == task and options.growth_pairs}
             for case, timing in race(oracle, folder, wanted):
                 floor = FLOORS.get(case)
                 failed += floor is not None and statistics.median(timing.ratios("wall")) < floor
+                failed += floor is not None and case.task in LEAN and timing.peak(timing.ours) > timing.peak(timing.theirs)
                 print(row(case, timing, "" if floor is None else f"{floor:.1f}"), flush=True)
     return 1 if failed else 0
 
@@ -148,7 +162,7 @@ def row(case: Case, timing: Timing, floor: str) -> str:
         floor,
         f"{statistics.median(cpu):.2f}",
         f"{timing.median(ours, 'cpu'):.2f} / {timing.median(theirs, 'cpu'):.2f}",
-        f"{max(run['peak'] for run in ours) / 1e9:.2f} / {max(run['peak'] for run in theirs) / 1e9:.2f}",
+        f"{timing.peak(ours) / 1e9:.2f} / {timing.peak(theirs) / 1e9:.2f}",
     )
     return f"| {' | '.join(cells)} |"
 
@@ -202,7 +216,7 @@ def side(python: str, script: str, folder: Path) -> Iterator[Side]:
 
 
 def write_weights(folder: Path) -> None:
-    """A Hugging Face directory with random weights, and LoRA's A factors beside it."""
+    """A Hugging Face directory with random weights, and LoRA's A factors and heads beside it."""
     random = np.random.default_rng(0)
     params: dict[str, Any] = {}
     for path, leaf in abstract_params(CONFIG).items():
@@ -214,9 +228,10 @@ def write_weights(folder: Path) -> None:
         place[path[-1]] = array
     save_thinker(params, CONFIG, folder)
     text = CONFIG.text
+    np.save(folder / "heads.npy", random.standard_normal((sum(LABELS), text.hidden_size), np.float32) * np.float32(text.hidden_size**-0.5))
     widths = dict.fromkeys(("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"), text.hidden_size)
     widths |= {"o_proj": text.num_heads * text.head_dim, "down_proj": text.intermediate_size}
-    shapes = {name: (text.num_layers, width, LORA_RANK) for name, width in widths.items()}
+    shapes = {name: (text.num_layers, width, HEADS_RANK) for name, width in widths.items()}
     np.savez(
         folder / "lora.npz", **{name: random.uniform(-1, 1, shape).astype(np.float32) / shape[1] ** 0.5 for name, shape in shapes.items()}
     )

@@ -19,6 +19,8 @@ import numpy as np
 VOCAB = 16_384
 FIRST_WORD = 10  # below lie the tokens that carry structure
 LORA_RANK, LORA_ALPHA = 16, 32.0
+HEADS_RANK, HEADS_ALPHA = 32, 64.0  # LoRA's below classification heads
+LABELS = (7, 8, 2, 2, 2, 2, 2)  # of each head
 LEARNING_RATE, WEIGHT_DECAY, CLIP = 1e-3, 0.01, 1.0
 
 
@@ -26,7 +28,7 @@ LEARNING_RATE, WEIGHT_DECAY, CLIP = 1e-3, 0.01, 1.0
 class Case:
     """One thing that is timed: `task` on `batch` rows of `length` tokens, with `new` tokens decoded behind each."""
 
-    task: str  # prefill, train or decode
+    task: str  # prefill, train, heads or decode
     batch: int
     length: int
     new: int = 0
@@ -44,6 +46,11 @@ class Case:
     def ids(self) -> np.ndarray:
         """The rows `[batch, length]`, the same on both sides."""
         return np.random.RandomState(self.length + self.batch).randint(FIRST_WORD, VOCAB, (self.batch, self.length)).astype(np.int32)
+
+    def classes(self) -> tuple[np.ndarray, np.ndarray]:
+        """Domain of each row and its class among those of all heads, `[batch]` each."""
+        domains = np.arange(self.batch, dtype=np.int32) % len(LABELS)
+        return domains, (np.cumsum((0, *LABELS))[domains] + 1).astype(np.int32)
 
 
 Prepare = Callable[[Case], Callable[[], np.ndarray]]
@@ -77,7 +84,12 @@ def serve(prepare: Prepare) -> None:
         answers.write(json.dumps(seconds | {"peak": int(status["VmHWM"].split()[0]) * 1024}) + "\n")
 
 
-def factors(folder: Path) -> dict[str, np.ndarray]:
+def factors(folder: Path, rank: int) -> dict[str, np.ndarray]:
     """LoRA's A factors `[layers, in, rank]` by projection; B begins at zero."""
     with np.load(folder / "lora.npz") as file:
-        return dict(file)
+        return {name: array[..., :rank] for name, array in file.items()}
+
+
+def heads(folder: Path) -> np.ndarray:
+    """The weights `[labels, D]` of all heads, one after the other; biases begin at zero."""
+    return np.load(folder / "heads.npy")

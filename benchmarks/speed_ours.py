@@ -9,28 +9,45 @@ import functools
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from speed_child import CLIP, LEARNING_RATE, LORA_ALPHA, LORA_RANK, WEIGHT_DECAY, Case, factors, serve
+from ml_collections import ConfigDict
+from speed_child import (
+    CLIP,
+    HEADS_ALPHA,
+    HEADS_RANK,
+    LABELS,
+    LEARNING_RATE,
+    LORA_ALPHA,
+    LORA_RANK,
+    WEIGHT_DECAY,
+    Case,
+    factors,
+    heads,
+    serve,
+)
 
 from omnisapiens_jax import defaults
 from omnisapiens_jax.convert.checkpoint import put_params
 from omnisapiens_jax.convert.huggingface import open_huggingface
 from omnisapiens_jax.convert.source import read_params
 from omnisapiens_jax.generation.sampling import Generator, Sampling, rollout_keys
+from omnisapiens_jax.models.classifier import Classifier
 from omnisapiens_jax.models.layers import LORA_TARGETS, LoraConfig, LoraParam
 from omnisapiens_jax.models.thinker import Thinker, last_token
 from omnisapiens_jax.processing.example import Bucket, collate, lay_out
+from omnisapiens_jax.training.losses import ANSWERS, CLASSES, Objective
 from omnisapiens_jax.training.sft import sft_step
 from omnisapiens_jax.training.state import TrainState, make_optimizer
 
 
 def main(folder: Path) -> None:
     """Serves the cases."""
-    tasks = {"prefill": prefill, "train": train, "decode": decode}
+    tasks = {"prefill": prefill, "train": train, "heads": classify, "decode": decode}
     serve(lambda case: tasks[case.task](folder, case))
 
 
@@ -63,11 +80,28 @@ def decode(folder: Path, case: Case) -> Callable[[], np.ndarray]:
 def train(folder: Path, case: Case) -> Callable[[], np.ndarray]:
     """One update of the LoRA factors on the cross-entropy of every token; gives the loss."""
     thinker = load(folder, LoraConfig(LORA_RANK, LORA_ALPHA, {"decoder": LORA_TARGETS["decoder"]}))
-    optimizer = make_optimizer(defaults.optimizer(lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, clip=CLIP), 0)
-    batch = text_batch(thinker, case)
-    graph, trainable, frozen = nnx.split(thinker, LoraParam, ...)
+    optim = defaults.optimizer(lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, clip=CLIP)
+    return steps(thinker, LoraParam, optim, text_batch(thinker, case), ANSWERS)
+
+
+def classify(folder: Path, case: Case) -> Callable[[], np.ndarray]:
+    """One update of the LoRA factors and the heads on the cross-entropy of every row's class; gives the loss."""
+    thinker = load(folder, LoraConfig(HEADS_RANK, HEADS_ALPHA, {"decoder": LORA_TARGETS["decoder"]}))
+    classifier = Classifier(thinker, LABELS, rngs=nnx.Rngs(0))
+    classifier.heads.affine.kernel.set_value(jnp.asarray(heads(folder).T))
+    optim = defaults.optimizer(lr=LEARNING_RATE, weight_decay=0.0, clip=0.0)
+    batch = text_batch(thinker, case) | dict(zip(("domain", "label"), map(jnp.asarray, case.classes()), strict=True))
+    return steps(classifier, nnx.Any(LoraParam, nnx.PathContains("heads")), optim, batch, CLASSES)
+
+
+def steps(
+    model: nnx.Module, trained: Any, optim: ConfigDict, batch: dict[str, jax.Array], objective: Objective
+) -> Callable[[], np.ndarray]:
+    """Updates of what is `trained` of a model, again and again on one batch; each gives the loss."""
+    optimizer = make_optimizer(optim, 0)
+    graph, trainable, frozen = nnx.split(model, trained, ...)
     states = [TrainState(jnp.zeros((), jnp.int32), trainable, frozen, optimizer.init(trainable))]
-    compiled = jax.jit(functools.partial(sft_step, graph, optimizer, 1), donate_argnums=0)
+    compiled = jax.jit(functools.partial(sft_step, graph, optimizer, 1, objective=objective), donate_argnums=0)
 
     def run() -> np.ndarray:
         state, metrics = compiled(states.pop(), batch)
@@ -82,7 +116,7 @@ def load(folder: Path, lora: LoraConfig | None = None) -> Thinker:
     source = open_huggingface(folder)
     thinker = nnx.eval_shape(lambda: Thinker(source.config, rngs=nnx.Rngs(0), lora=lora))
     put_params(thinker, read_params(source))
-    given = factors(folder)
+    given = factors(folder, lora.rank) if lora else {}
     for path, variable in nnx.to_flat_state(nnx.state(thinker, LoraParam)):
         first = given[str(path[-2])] if path[-1] == "lora_a" else np.zeros(variable.shape, np.float32)
         variable.set_value(jnp.asarray(first))

@@ -13,8 +13,21 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from peft import LoraConfig, get_peft_model
-from speed_child import CLIP, LEARNING_RATE, LORA_ALPHA, LORA_RANK, WEIGHT_DECAY, Case, factors, serve
+from peft import LoraConfig, PeftModel, get_peft_model
+from speed_child import (
+    CLIP,
+    HEADS_ALPHA,
+    HEADS_RANK,
+    LABELS,
+    LEARNING_RATE,
+    LORA_ALPHA,
+    LORA_RANK,
+    WEIGHT_DECAY,
+    Case,
+    factors,
+    heads,
+    serve,
+)
 from transformers import Qwen2_5OmniThinkerForConditionalGeneration
 from transformers.cache_utils import DynamicCache
 
@@ -29,7 +42,7 @@ def main(folder: Path) -> None:
     def load() -> Qwen2_5OmniThinkerForConditionalGeneration:
         return Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(folder, attn_implementation="sdpa", dtype=torch.float32)
 
-    tasks = {"prefill": prefill, "train": train, "decode": decode}
+    tasks = {"prefill": prefill, "train": train, "heads": classify, "decode": decode}
     serve(lambda case: tasks[case.task](load, case, folder))
 
 
@@ -65,16 +78,8 @@ def decode(load: Callable, case: Case, folder: Path) -> Callable[[], np.ndarray]
 
 def train(load: Callable, case: Case, folder: Path) -> Callable[[], np.ndarray]:
     """One update of the LoRA factors on the cross-entropy of every token; gives the loss."""
-    model, ids = load(), torch.from_numpy(case.ids()).long()
-    scope = r"model\.language_model\.layers\.\d+\.(self_attn|mlp)\.(" + "|".join(PROJECTIONS) + ")"
-    settings = LoraConfig(r=LORA_RANK, lora_alpha=LORA_ALPHA, lora_dropout=0.0, target_modules=scope)
-    model = get_peft_model(model, settings).train()
-    given, trained = factors(folder), []
-    for name, value in model.named_parameters():
-        if match := re.search(r"layers\.(\d+)\.\w+\.(\w+)\.lora_A", name):
-            value.data = torch.from_numpy(given[match[2]][int(match[1])].T.copy())
-        if value.requires_grad:
-            trained.append(value)
+    model, ids = adapted(load(), folder, LORA_RANK, LORA_ALPHA), torch.from_numpy(case.ids()).long()
+    trained = [value for value in model.parameters() if value.requires_grad]
     adamw = torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, fused=True)
 
     def run() -> np.ndarray:
@@ -86,6 +91,46 @@ def train(load: Callable, case: Case, folder: Path) -> Callable[[], np.ndarray]:
         return loss.detach().numpy()
 
     return run
+
+
+def classify(load: Callable, case: Case, folder: Path) -> Callable[[], np.ndarray]:
+    """One update of the LoRA factors and the heads on the cross-entropy of every row's class; gives the loss."""
+    model, ids = adapted(load(), folder, HEADS_RANK, HEADS_ALPHA), torch.from_numpy(case.ids()).long()
+    weights = torch.from_numpy(heads(folder)).split(LABELS)
+    affine = torch.nn.ModuleList(torch.nn.Linear(weight.shape[1], len(weight)) for weight in weights)
+    for head, weight in zip(affine, weights, strict=True):
+        head.weight.data, head.bias.data = weight.clone(), torch.zeros(len(weight))
+    decoder, mask = model.base_model.model.model.language_model, torch.ones(ids.shape)  # below the LM head
+    domains, labels = (torch.from_numpy(array).long() for array in case.classes())
+    first = [sum(LABELS[:domain]) for domain in range(len(LABELS))]
+    adam = torch.optim.Adam(
+        [value for value in (*model.parameters(), *affine.parameters()) if value.requires_grad], lr=LEARNING_RATE, fused=True
+    )
+
+    def run() -> np.ndarray:
+        adam.zero_grad(set_to_none=True)
+        states = decoder(input_ids=ids, use_cache=False, output_hidden_states=True).hidden_states[-2]
+        pooled = (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
+        logits = torch.full((len(pooled), sum(LABELS)), torch.finfo(pooled.dtype).min / 2)
+        for row, domain in enumerate(domains.tolist()):
+            logits[row, first[domain] : first[domain] + LABELS[domain]] = affine[domain](pooled[row])
+        loss = torch.nn.functional.cross_entropy(logits, labels)
+        loss.backward()
+        adam.step()
+        return loss.detach().numpy()
+
+    return run
+
+
+def adapted(model: Qwen2_5OmniThinkerForConditionalGeneration, folder: Path, rank: int, alpha: float) -> PeftModel:
+    """The model under LoRA on the decoder's projections; A factors as given, B zero."""
+    scope = r"model\.language_model\.layers\.\d+\.(self_attn|mlp)\.(" + "|".join(PROJECTIONS) + ")"
+    settings = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=scope)
+    made, given = get_peft_model(model, settings).train(), factors(folder, rank)
+    for name, value in made.named_parameters():
+        if match := re.search(r"layers\.(\d+)\.\w+\.(\w+)\.lora_A", name):
+            value.data = torch.from_numpy(given[match[2]][int(match[1])].T.copy())
+    return made
 
 
 if __name__ == "__main__":

@@ -27,6 +27,11 @@ _REMAT_POLICIES: dict[Remat, Any] = {
 }
 
 
+def _all_but_slices(primitive: Any, *_: Any, **__: Any) -> bool:
+    """A remat policy: the backward pass takes slices of stacked weights again, or they would be kept, copied, for every layer."""
+    return primitive.name not in ("dynamic_slice", "squeeze")
+
+
 def shard(x: jax.Array, *names: str | None) -> jax.Array:
     """Constrains an activation's layout by logical names; does nothing outside a mesh."""
     return with_logical_constraint(x, names)
@@ -250,7 +255,9 @@ class Stack(nnx.Module):
             layer_state, x = inputs
             return body(nnx.merge(graph, layer_state), carry, x)
 
-        return jax.lax.scan(self._remembered(step), carry, (state, xs), length=self.depth)
+        if self.remat != "none":
+            step = jax.checkpoint(step, policy=_REMAT_POLICIES[self.remat], prevent_cse=False)
+        return jax.lax.scan(step, carry, (state, xs), length=self.depth)
 
     def run_first(self, count: int, body: Callable[[Any, Any], Any], carry: Any) -> Any:
         """`body(layer, carry) -> carry` over the first `count` layers alone; the others cost nothing, forwards or backwards.
@@ -259,7 +266,7 @@ class Stack(nnx.Module):
         LoRA factors, which are small and trained, are sliced, so that their gradients need not be added up in a whole stack.
         """
         if isinstance(self.block, nnx.List):
-            for layer in self.block[:count]:
+            for layer in list(self.block)[:count]:
                 carry = body(layer, carry)
             return carry
         graph, factors, weights = nnx.split(self.block, LoraParam, ...)
@@ -270,11 +277,8 @@ class Stack(nnx.Module):
             return body(nnx.merge(graph, own, read), carry), None
 
         sliced = jax.tree.map(lambda leaf: leaf[:count], factors)
-        return jax.lax.scan(self._remembered(step), carry, (jnp.arange(count), sliced), length=count)[0]
-
-    def _remembered(self, step: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
-        """A layer's step, of which the backward pass remembers what `remat` says."""
-        return step if self.remat == "none" else jax.checkpoint(step, policy=_REMAT_POLICIES[self.remat], prevent_cse=False)
+        policy = _all_but_slices if self.remat == "none" else _REMAT_POLICIES[self.remat]
+        return jax.lax.scan(jax.checkpoint(step, policy=policy, prevent_cse=False), carry, (jnp.arange(count), sliced), length=count)[0]
 
     def unroll(self) -> None:
         """Replaces the stacked layers by a list of single ones (inference only)."""

@@ -87,12 +87,13 @@ class Run:
 
     def fit(self, stage: ml_collections.ConfigDict, folder: str, state: TrainState, lesson: Lesson = RESPONSES) -> TrainState:
         """Supervised training on the rows the stage names."""
-        atlas, batches = self.config.atlas, {"target": lesson.target, "packs": True, "rated": lesson.objective is SHARES}
-        train = self.atlas.split(atlas.train, batch_size=stage.batch_size, shuffle=True, rows=lesson.rows(ROWS[stage.rows]), **batches)
-        validation = self.atlas.split(atlas.validation, batch_size=self.config.eval_batch, shuffle=False, rows=lesson.rows(), **batches)
+        atlas = self.config.atlas
+        split = functools.partial(self.atlas.split, target=lesson.target, packs=True, rated=lesson.objective is SHARES)
+        train = split(atlas.train, batch_size=stage.batch_size, shuffle=True, rows=lesson.rows(ROWS[stage.rows]))
+        validation = split(atlas.validation, batch_size=self.config.eval_batch, shuffle=False, rows=lesson.rows())
         state = sft.fit(stage, self.workdir / folder, self.graph, state, train, validation, self.mesh, lesson.objective)
-        for split in (train, validation):
-            split.tell_faults()
+        for part in (train, validation):
+            part.tell_faults()
         return state
 
     def generator(self, rollouts: int, temperature: float) -> Generator:

@@ -60,8 +60,11 @@ def lora_config(model: ml_collections.ConfigDict) -> LoraConfig | None:
 
 
 def make_thinker(model: ml_collections.ConfigDict, seed: int) -> Thinker:
-    """A thinker with random weights, as `config.model` describes it."""
-    return Thinker(
+    """A thinker with random weights, as `config.model` describes it.
+
+    An LM head that is trained alone is stored in float32, as LoRA factors are: an update of it would vanish in bfloat16.
+    """
+    thinker = Thinker(
         thinker_config(model),
         rngs=nnx.Rngs(seed),
         lora=lora_config(model),
@@ -69,6 +72,10 @@ def make_thinker(model: ml_collections.ConfigDict, seed: int) -> Thinker:
         param_dtype=jnp.dtype(model.param_dtype),
         remat=model.remat,
     )
+    if model.trains == "lm_head":
+        assert thinker.lm_head is not None  # `thinker_config` unties it
+        thinker.lm_head.kernel.set_value(thinker.lm_head.kernel[...].astype(jnp.float32))
+    return thinker
 
 
 def make_model(model: ml_collections.ConfigDict, seed: int) -> Thinker | Classifier:
@@ -111,8 +118,8 @@ def make_optimizer(optim: ml_collections.ConfigDict, steps: int) -> optax.Gradie
 def create_state(model: ml_collections.ConfigDict, seed: int, mesh: Mesh) -> tuple[nnx.GraphDef, TrainState]:
     """Parameters from `model.weights`, or random ones; made or read where they will live: no device holds more than its share.
 
-    Heads go on from those of the weights where these have some. An LM head that is trained alone begins as it is, untied, in float32: an
-    update of it would vanish in bfloat16. There is no optimizer yet: a stage brings its own (`fresh_optimizer`).
+    Heads go on from those of the weights where these have some, and an LM head that is trained alone from a tied one as well. There is no
+    optimizer yet: a stage brings its own (`fresh_optimizer`).
     """
     abstract = nnx.eval_shape(lambda: make_model(model, seed))
     source = open_weights(model.weights) if model.weights else None
@@ -136,8 +143,6 @@ def create_state(model: ml_collections.ConfigDict, seed: int, mesh: Mesh) -> tup
         if isinstance(made, Classifier) and source is not None and source.part_shapes.heads:
             fill_parts(made.heads, {}, source.parts)
         _, trainable, frozen = nnx.split(made, trainable_filter(model), ...)
-        if model.trains == "lm_head":
-            trainable = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), trainable)
         return TrainState(jnp.zeros((), jnp.int32), trainable, frozen, ())
 
     with on_mesh(mesh):

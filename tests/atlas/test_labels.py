@@ -50,6 +50,18 @@ def test_the_table_has_the_papers_sizes_modalities_and_metrics():
     }
 
 
+def test_an_answer_has_a_head_and_a_class_within_it_and_a_free_form_one_has_neither():
+    for dataset in HBA.datasets:
+        for label in dataset.labels:
+            head, index = HBA.place(dataset.name, label.upper())
+            assert head == HBA.head(dataset.name) and index == HBA.index(dataset.name, label) and index in HBA.head_classes(head)
+        if dataset.domain is None:
+            assert HBA.place(dataset.name, "whatever") == (-1, -1)
+    for wrong in (("cremad", "sarcasm"), ("diary", "happy")):
+        with pytest.raises(KeyError, match="unknown"):
+            HBA.place(*wrong)
+
+
 @pytest.mark.parametrize(
     ("dataset", "answer", "index"),
     [

@@ -14,14 +14,15 @@ from thinker import adapted, tensors
 def classify(
     folder: str, counts: list, rate: float, factors: dict, weight: np.ndarray, bias: np.ndarray, given: dict
 ) -> dict[str, np.ndarray]:
-    model, parameters = adapted(folder, "eager", factors)
+    # Copies: a step is made in place.
+    model, parameters = adapted(folder, "eager", {name: value.copy() for name, value in factors.items()})
     trained = {name: value for name, value in parameters.items() if value.requires_grad}
     assert trained.keys() == factors.keys()
     heads, begin = torch.nn.ModuleList(), 0
     for number, count in enumerate(counts):
         heads.append(torch.nn.Linear(weight.shape[1], count))
-        heads[number].weight.data = torch.from_numpy(weight[begin : begin + count])
-        heads[number].bias.data = torch.from_numpy(bias[begin : begin + count])
+        heads[number].weight.data = torch.from_numpy(weight[begin : begin + count].copy())
+        heads[number].bias.data = torch.from_numpy(bias[begin : begin + count].copy())
         begin += count
     trained |= {f"heads.{name}": value for name, value in heads.named_parameters()}
     domains, labels = (given.pop(name) for name in ("domain", "label"))
