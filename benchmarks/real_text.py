@@ -44,7 +44,7 @@ from omnisapiens_jax.training import jobs
 MARKERS = "<!-- real text: written by benchmarks/real_text.py -->", "<!-- /real text -->"
 TWEETS, SARCASM = (dataset.name for dataset in REAL_TEXT.datasets)
 REPO = Path(__file__).resolve().parents[1]
-# Of the random start. Chosen on the validation split, as all settings of `configs/text.py` are.
+# Of the random start.
 VOCABULARY, WIDTH, LAYERS = 4096, 64, 2
 _STRENGTHS = (0.3, 1.0, 3.0, 10.0, 30.0)  # of the logistic regression: inverse weights of its penalty
 

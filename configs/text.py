@@ -1,6 +1,6 @@
 """The classifier on real labelled texts (data/real_text), a head for each of their two domains; all of it is trained.
 
-`benchmarks/real_text.py` gives it a smaller start with a vocabulary of these texts. That setting was chosen on the validation split.
+`benchmarks/real_text.py` gives it a smaller start with a vocabulary of these texts.
 """
 
 from ml_collections import ConfigDict
