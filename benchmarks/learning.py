@@ -99,13 +99,13 @@ def table(outcomes: dict[int, Outcome]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + f"\n\n{note}\n"
 
 
-def write_between_markers(path: Path, text: str) -> None:
+def write_between_markers(path: Path, text: str, markers: tuple[str, str] = (BEGIN, END)) -> None:
     """Replaces what stands between the markers of a Markdown file. Raises ValueError if it has none."""
     content = path.read_text(encoding="utf-8")
-    head, begin, rest = content.partition(BEGIN)
-    _, end, tail = rest.partition(END)
+    head, begin, rest = content.partition(markers[0])
+    _, end, tail = rest.partition(markers[1])
     if not begin or not end:
-        raise ValueError(f"{path} has no place for the table: add the lines {BEGIN!r} and {END!r}")
+        raise ValueError(f"{path} has no place for the table: add the lines {markers[0]!r} and {markers[1]!r}")
     path.write_text(f"{head}{begin}\n{text}{end}{tail}", encoding="utf-8")
 
 

@@ -14,6 +14,7 @@ def get_config(size: str = "mini") -> ConfigDict:
     config.sft = ConfigDict(
         {
             "rows": "all",
+            "labels": "answers",  # or raters: what people said in which share, where a row tells
             "batch_size": 32 if mini else 512,
             "micro_batches": 1 if mini else 128,
             "steps": 500 if mini else 570,  # of the whole atlas: five epochs

@@ -58,7 +58,8 @@ def base(size: str) -> ConfigDict:
     config.mesh = ConfigDict({"data": -1, "fsdp": 1 if mini else 4, "tensor": 1})
     config.atlas = ConfigDict(
         {
-            "path": "",  # the folder of the splits; empty = the miniature atlas, made on first use
+            "path": "",  # the folder of the splits; empty = the miniature atlas or the real texts, by the scheme, made on first use
+            "scheme": "hba",  # what its datasets and labels are: those of Human Behavior Atlas, or real_text
             "samples": 4500,  # of the miniature atlas
             "seed": 0,
             "landmarks": False,  # whether the miniature atlas has descriptors of its faces

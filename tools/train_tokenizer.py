@@ -21,12 +21,17 @@ from omnisapiens_jax.processing.tokenizers import SPECIAL_TOKENS, MiniTokenizer
 VOCAB_SIZE = 1024
 
 
-def train(texts: Iterable[str], out: Path, vocab_size: int = VOCAB_SIZE) -> None:
-    """Writes a sentencepiece model whose ids 0.. are SPECIAL_TOKENS in order; everything it never saw is spelt in bytes."""
+def train(texts: Iterable[str], out: Path, vocab_size: int = VOCAB_SIZE, *, fold_case: bool = False) -> None:
+    """Writes a sentencepiece model whose ids 0.. are SPECIAL_TOKENS in order; everything it never saw is spelt in bytes.
+
+    With `fold_case` it reads text as NFKC without regard to case, which a model of a few thousand texts cannot learn to ignore.
+    """
     # Sentences that every prompt repeats are one piece each, and so are the marks of an answer: a prompt then costs about 70 text
     # tokens instead of 180, which is what training on a laptop lives on.
     sentences = [s for prompt in chat.FORMAT_PROMPTS.values() for s in re.split(r"(?<=\.) ", prompt) if s]
     whole = [chat.OMNI_SYSTEM, chat.PLAIN_SYSTEM, *sentences, "<think>", "</think>", "\\boxed{"]
+    if fold_case:
+        whole = [text.casefold() for text in whole]
     roles = ["system", "user", "assistant"] * 100  # as frequent in prompts as the commonest words of the texts
     with out.open("wb") as file:
         sentencepiece.SentencePieceTrainer.train(
@@ -41,7 +46,7 @@ def train(texts: Iterable[str], out: Path, vocab_size: int = VOCAB_SIZE) -> None
             pad_id=-1,
             byte_fallback=True,
             character_coverage=1.0,
-            normalization_rule_name="identity",
+            normalization_rule_name="nfkc_cf" if fold_case else "identity",
             add_dummy_prefix=False,
             remove_extra_whitespaces=False,
             split_digits=True,
@@ -68,9 +73,10 @@ def main() -> None:
     parser.add_argument("texts", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--vocab-size", type=int, default=VOCAB_SIZE)
+    parser.add_argument("--fold-case", action="store_true", help="read text without regard to case")
     args = parser.parse_args()
     texts = read_texts(args.texts)
-    train(texts, args.out, args.vocab_size)
+    train(texts, args.out, args.vocab_size, fold_case=args.fold_case)
     tokenizer = MiniTokenizer(args.out)
     spent = sum(len(tokenizer.encode(text)) for text in texts)
     density = sum(map(len, texts)) / max(spent, 1)

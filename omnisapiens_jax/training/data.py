@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,11 @@ import ml_collections
 import numpy as np
 
 from omnisapiens_jax import resources
+from omnisapiens_jax.atlas import real_text
 from omnisapiens_jax.atlas.ablation import WithoutTranscripts
 from omnisapiens_jax.atlas.bucketing import SlotCost, choose_buckets, choose_row
 from omnisapiens_jax.atlas.faults import quarantined_rows
+from omnisapiens_jax.atlas.labels import REAL_TEXT, SCHEMES, LabelScheme
 from omnisapiens_jax.atlas.lengths import length_index, shortened
 from omnisapiens_jax.atlas.pipeline import Pipeline, PipelineConfig
 from omnisapiens_jax.atlas.plan import Index, PlanConfig, Planner
@@ -53,11 +55,23 @@ class Split:
     pipeline: Pipeline
     zero: bool  # silence and black stand in for media that cannot be used
     identity: str  # a digest of the rows and of how examples are made of them, but not of their media
+    rated: LabelScheme | None = None  # where given, batches have the `shares` of its classes among the raters of each sample
 
     @property
     def steps_per_epoch(self) -> int:
         """Batches that hold every row once."""
         return self.pipeline.planner.steps_per_epoch
+
+    def batches(self, start: int, stop: int) -> Iterator[tuple[int, dict[str, Any]]]:
+        """As `Pipeline.batches`, with `shares` `[B, C]` (packed: `[B, S, C]`) where they are wanted, zeros where a slot is masked."""
+        for step, batch in self.pipeline.batches(start, stop):
+            if self.rated is not None:
+                shares = np.zeros((*batch["index"].shape, len(self.rated.classes)), np.float32)
+                for place, i in np.ndenumerate(batch["index"]):
+                    if i >= 0:
+                        shares[place] = self.rated.shares(self.source[i])
+                batch = {**batch, "shares": shares}
+            yield step, batch
 
     def samples(self, batch: dict[str, Any]) -> list[Sample | None]:
         """The samples of a batch's slots, None where a slot is masked."""
@@ -73,7 +87,8 @@ class Atlas:
     """Opens splits on demand. All of them share one tokenizer and one way of reading media."""
 
     def __init__(self, config: ml_collections.ConfigDict, model: ThinkerConfig, workdir: Path | None = None):
-        """`config` is the whole run's; the miniature atlas is generated first if `config.atlas.path` is empty.
+        """`config` is the whole run's; where `config.atlas.path` is empty, the miniature atlas or the real texts, whichever
+        `config.atlas.scheme` is for, are generated or fetched first.
 
         Bad rows are listed in `workdir`, in the file `QUARANTINE`.
 
@@ -89,7 +104,8 @@ class Atlas:
                 f"the vocabulary {'of ' + weights if weights else 'bundled for mini'} is not that of the model "
                 f"({config.model.preset}): name a checkpoint with its tokenizer beside it, --config.model.weights=DIR"
             )
-        self._root = Path(config.atlas.path) if config.atlas.path else self._miniature()
+        self.scheme = SCHEMES[config.atlas.scheme]
+        self._root = Path(config.atlas.path) if config.atlas.path else self._own()
         for name in (config.atlas.train, config.atlas.validation, config.atlas.test):
             self.source(name)  # what is missing is told now, not when its turn comes
         self._cache = resources.cache() / "lengths"
@@ -110,6 +126,7 @@ class Atlas:
         rows: Rows | None = None,
         transcripts: bool = True,
         packs: bool = False,
+        rated: bool = False,
     ) -> Split:
         """One split.
 
@@ -122,11 +139,14 @@ class Atlas:
           transcripts: False takes the words of every transcript out.
           packs: rows without a target are packed too where the config says so, as heads can read them; a sampler takes one prompt a row,
             here in batches of one signature.
+          rated: batches know what the raters of each sample said.
         """
         atlas, compat = self._config.atlas, self._config.compat
         source = self.source(name) if transcripts else WithoutTranscripts(self.source(name))
-        how = {"truncation": compat.truncation, "prompts": compat.qa_prompts, "labels": compat.labels}
-        recipe = Recipe(self.tokenizer, self._model, self._options, max_tokens=atlas.max_tokens, target=target, **how)
+        switches = {"truncation": compat.truncation, "prompts": compat.qa_prompts, "labels": compat.labels}
+        recipe = Recipe(
+            self.tokenizer, self._model, self._options, max_tokens=atlas.max_tokens, target=target, scheme=self.scheme, **switches
+        )
         bounds = {"workers": atlas.workers, "deadline": atlas.deadline, "memory": atlas.worker_bytes}
         how = PipelineConfig(atlas.on_error, cache_bytes=atlas.cache_bytes, **bounds)
         leave_out = quarantined_rows(Path(atlas.quarantine), source) if atlas.quarantine else ()
@@ -167,13 +187,17 @@ class Atlas:
             buckets = choose_buckets(index, plan, cost, count=atlas.buckets)
         pipeline = Pipeline(source, recipe, Planner(index, buckets, plan), how, host=jax.process_index(), faults=faults)
         made = f"{source.fingerprint()} {recipe.fingerprint()} {recipe.prompts} {recipe.labels} {atlas.on_error == 'zero'}"
-        return Split(name, source, pipeline, atlas.on_error == "zero", hashlib.sha256(made.encode()).hexdigest())
+        return Split(
+            name, source, pipeline, atlas.on_error == "zero", hashlib.sha256(made.encode()).hexdigest(), self.scheme if rated else None
+        )
 
     def source(self, name: str) -> Source:
         """The rows of one split."""
         return open_source(self._root / name)
 
-    def _miniature(self) -> Path:
+    def _own(self) -> Path:
+        if self.scheme is REAL_TEXT:
+            return real_text.atlas()
         from omnisapiens_jax.atlas.miniature import generate  # needs the extra `atlas`, which a run on another atlas does not
 
         atlas = self._config.atlas

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 
 from omnisapiens_jax import defaults
 from omnisapiens_jax.atlas.faults import Policy
-from omnisapiens_jax.atlas.labels import HBA
+from omnisapiens_jax.atlas.labels import SCHEMES
 from omnisapiens_jax.atlas.plan import Index, Mode, PlanConfig
 from omnisapiens_jax.atlas.recipe import Target, lower_answer, target_text
 from omnisapiens_jax.evaluation.answers import Answer, accuracy, evaluations, load_answers
@@ -39,7 +39,7 @@ from omnisapiens_jax.training import bam, rl, sft
 from omnisapiens_jax.training.adapt import adapt
 from omnisapiens_jax.training.data import QUARANTINE, Atlas, Rows, Split, rows_of_kind
 from omnisapiens_jax.training.journal import Bar, Compilations, console, read_metrics
-from omnisapiens_jax.training.losses import ANSWERS, CLASSES, Objective
+from omnisapiens_jax.training.losses import ANSWERS, CLASSES, SHARES, Objective
 from omnisapiens_jax.training.state import (
     TrainState,
     create_state,
@@ -70,6 +70,7 @@ class Lesson:
 
 RESPONSES = Lesson(ANSWERS, target_text, None)
 LABELS = Lesson(CLASSES, None, "cls")
+RATERS = Lesson(SHARES, None, "cls")
 FREE_FORM = Lesson(ANSWERS, lower_answer, "qa")
 
 ROWS: dict[str, Rows | None] = {"all": None, "third": _third, "rest": lambda index: ~_third(index)}
@@ -90,7 +91,8 @@ class Run:
 
     def fit(self, stage: ml_collections.ConfigDict, folder: str, state: TrainState, lesson: Lesson = RESPONSES) -> TrainState:
         """Supervised training on the rows the stage names."""
-        atlas, split = self.config.atlas, functools.partial(self.atlas.split, target=lesson.target, packs=True)
+        atlas = self.config.atlas
+        split = functools.partial(self.atlas.split, target=lesson.target, packs=True, rated=lesson.objective is SHARES)
         train = split(atlas.train, batch_size=stage.batch_size, shuffle=True, rows=lesson.rows(ROWS[stage.rows]))
         validation = split(atlas.validation, batch_size=self.config.eval_batch, shuffle=False, rows=lesson.rows())
         state = sft.fit(stage, self.workdir / folder, self.graph, state, train, validation, self.mesh, lesson.objective)
@@ -143,7 +145,7 @@ class Run:
         if not path.exists():
             source = split.source
             if self.config.model.heads:
-                ask, view, how = by_heads(self.predict, source), parameters(state), "heads"
+                ask, view, how = by_heads(self.predict, source, self.atlas.scheme), parameters(state), "heads"
             else:
                 ask, view = greedy(self.greedy, source, self.atlas.tokenizer), self.greedy.view(parameters(state))
                 how = repr(self.greedy.sampling)
@@ -174,7 +176,9 @@ class Run:
         if jax.process_index() == 0:
             curves = {stage: read_metrics(self.workdir / stage / "metrics.jsonl") for stage in STAGES}
             atlas = self.config.atlas
-            path = write_report(self.workdir, curves, test=self.atlas.source(atlas.test), train=self.atlas.source(atlas.train))
+            path = write_report(
+                self.workdir, curves, test=self.atlas.source(atlas.test), train=self.atlas.source(atlas.train), scheme=self.atlas.scheme
+            )
             console.print(f"The report is {path.absolute()}", soft_wrap=True)
 
 
@@ -224,6 +228,8 @@ def _rl(run: Run, state: TrainState) -> None:
 def _supervised(run: Run, state: TrainState, *, lesson: Lesson) -> None:
     job = run.config.job
     held_out = run.held_out(lesson)  # before the long work: a row that cannot be used is told now
+    if job == "sft" and run.config.sft.labels == "raters":
+        lesson = RATERS
     run.evaluate(job, run.fit(run.config[job], job, state, lesson), held_out)
     run.report()
 
@@ -261,6 +267,7 @@ def check(config: ml_collections.ConfigDict, mesh: Mesh) -> None:
         ("processing.format_prompt", config.processing.format_prompt, FORMAT_PROMPTS),
         ("atlas.on_error", config.atlas.on_error, get_args(Policy)),
         ("atlas.batches", config.atlas.batches, get_args(Mode)),
+        ("atlas.scheme", config.atlas.scheme, SCHEMES),
     ]
     counts = ["eval_batch", "atlas.buckets", "generation.chunk", "generation.max_tokens"]
     stages = [name for name in STAGES if name in config]
@@ -298,8 +305,11 @@ def check(config: ml_collections.ConfigDict, mesh: Mesh) -> None:
     if config.job == "evaluate" and not config.model.weights:
         raise ValueError("config.model.weights is empty: name the checkpoint to evaluate, such as the stage runs/rl/rl of a run")
     PlanConfig(batch_size=1, **config.atlas.training)
+    if config.job == "sft" and config.sft.labels not in ("answers", "raters"):
+        raise ValueError(f"unknown config.sft.labels {config.sft.labels!r}; known: answers, raters")
     trainable_filter(config.model)
-    heads = tuple(len(domain.labels) for domain in HBA.domains) if config.job in ("sft", "bam") else ()
+    labels = tuple(len(domain.labels) for domain in SCHEMES[config.atlas.scheme].domains)
+    heads = labels if config.job in ("sft", "bam") else ()
     if tuple(config.model.heads) != heads:
         raise ValueError(f"config.model.heads {tuple(config.model.heads)} must be {heads} in a run of the job {config.job}")
     if (config.model.trains == "lm_head") != (config.job == "qa"):

@@ -72,5 +72,13 @@ def class_loss(classifier: Classifier, batch: Batch) -> tuple[jax.Array, jax.Arr
     return jnp.sum(jnp.where(classified, losses, 0.0)), jnp.sum(classified, dtype=jnp.float32)
 
 
+def share_loss(classifier: Classifier, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    """As `class_loss`, against the `shares` of each class among a sample's raters, `[B, C]` (packed: `[B, S, C]`), that a batch has too."""
+    classified = batch["label"] >= 0
+    losses = optax.softmax_cross_entropy(classifier(batch), batch["shares"])
+    return jnp.sum(jnp.where(classified, losses, 0.0)), jnp.sum(classified, dtype=jnp.float32)
+
+
 ANSWERS = Objective(lm_loss, lambda batch: jnp.sum(batch["labels"][:, 1:] >= 0), "tokens")
 CLASSES = Objective(class_loss, lambda batch: jnp.sum(batch["label"] >= 0), "samples")
+SHARES = dataclasses.replace(CLASSES, loss=share_loss)

@@ -65,7 +65,7 @@ def fit(
             state, progress = checkpoints.restore(state)
         start = int(state.step)
         with Journal(workdir, start=start) as journal, Bar("SFT", total=config.steps, start=start) as bar:
-            for step, batch in train.pipeline.batches(start, 0 if progress["finished"] else config.steps):
+            for step, batch in train.batches(start, 0 if progress["finished"] else config.steps):
                 state, metrics = step_fn(state, put_batch(batch, mesh))
                 metrics |= train.pipeline.fault_metrics()
                 if (step + 1) % config.eval_every == 0 or step + 1 == config.steps:
@@ -126,6 +126,6 @@ def loss_sum(graph: nnx.GraphDef, objective: Objective, params: nnx.State, batch
 
 def validation_loss(loss_fn: Any, state: TrainState, validation: Split, mesh: Mesh) -> float:
     """Mean loss over everything that counts in the validation split."""
-    sums = [loss_fn(parameters(state), put_batch(batch, mesh)) for _, batch in validation.pipeline.batches(0, validation.steps_per_epoch)]
+    sums = [loss_fn(parameters(state), put_batch(batch, mesh)) for _, batch in validation.batches(0, validation.steps_per_epoch)]
     loss, count = (sum(float(part) for part in column) for column in zip(*sums, strict=True))
     return loss / max(count, 1.0)

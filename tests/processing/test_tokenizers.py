@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from omnisapiens_jax.models.config import PRESETS, TokenIds
+from omnisapiens_jax.processing import chat
 from omnisapiens_jax.processing.tokenizers import SPECIAL_TOKENS, MiniTokenizer, QwenTokenizer
 from tests.oracle import run_oracle
 from tests.qwen_vocabulary import qwen_tokenizer
@@ -72,6 +73,15 @@ def test_the_training_script_gives_the_same_file_twice(tmp_path, monkeypatch, ca
     assert "1024 pieces" in capsys.readouterr().out
     train([text for row in rows for text in row.values()], tmp_path / "b.model")
     assert (tmp_path / "a.model").read_bytes() == (tmp_path / "b.model").read_bytes()
+
+
+def test_a_vocabulary_may_fold_case_and_then_keeps_the_sentences_of_prompts_whole(tmp_path):
+    rng = np.random.default_rng(3)
+    words = [" ".join("".join(rng.choice(list("abcdefghij"), 4)) for _ in range(9)) for _ in range(400)]
+    train(words, tmp_path / "folded.model", 512, fold_case=True)
+    folded = MiniTokenizer(tmp_path / "folded.model")
+    assert folded.encode(f"{words[0].upper()}\n<|AUDIO|>") == folded.encode(f"{words[0]}\n<|AUDIO|>")
+    assert folded.encode("<|AUDIO|>") == [folded.ids.audio] and len(folded.encode(chat.OMNI_SYSTEM)) == 1
 
 
 def test_a_missing_vocabulary_says_where_to_get_one(tmp_path):
