@@ -52,7 +52,7 @@ def test_heads_read_the_stack_where_it_lies(remat: Literal["none", "full"]) -> N
         return Classifier(thinker, (2, 3), rngs=nnx.Rngs(0))
 
     graph, trainable, frozen = nnx.split(nnx.eval_shape(make), nnx.Any(LoraParam, nnx.PathContains("heads")), ...)
-    batch = text_prompts((8,), 8) | {"domain": np.zeros(1, np.int32), "label": np.ones(1, np.int32)}
+    batch = text_prompts((2,), 2) | {"domain": np.zeros(1, np.int32), "label": np.ones(1, np.int32)}
 
     def loss(trainable: nnx.State, frozen: nnx.State, batch: dict[str, jax.Array]) -> jax.Array:
         return class_loss(nnx.merge(graph, trainable, frozen), batch)[0]
