@@ -88,7 +88,7 @@ class Atlas:
                 f"the vocabulary {'of ' + weights if weights else 'bundled for mini'} is not that of the model "
                 f"({config.model.preset}): name a checkpoint with its tokenizer beside it, --config.model.weights=DIR"
             )
-        self._root = Path(config.atlas.path) if config.atlas.path else self._miniature()
+        self.root = Path(config.atlas.path) if config.atlas.path else self._miniature()
         for name in (config.atlas.train, config.atlas.validation, config.atlas.test):
             self.source(name)  # what is missing is told now, not when its turn comes
         self._cache = resources.cache() / "lengths"
@@ -148,7 +148,7 @@ class Atlas:
         if rows is not None:
             index = index.subset(rows(index))
         if not len(index):
-            raise ValueError(f"{self._root / name}: of {len(source)} rows {len(faults)} cannot be used, and none is left for this stage")
+            raise ValueError(f"{self.root / name}: of {len(source)} rows {len(faults)} cannot be used, and none is left for this stage")
         mode = "homogeneous" if atlas.batches == "packed" and target is None and not packs else atlas.batches
         plan = PlanConfig(batch_size, hosts=jax.process_count(), seed=self._config.seed, mode=mode, shuffle=shuffle)
         if shuffle:
@@ -165,7 +165,7 @@ class Atlas:
 
     def source(self, name: str) -> Source:
         """The rows of one split."""
-        return open_source(self._root / name)
+        return open_source(self.root / name)
 
     def _miniature(self) -> Path:
         from omnisapiens_jax.atlas.miniature import generate  # needs the extra `atlas`, which a run on another atlas does not
