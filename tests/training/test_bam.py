@@ -216,6 +216,7 @@ def test_steps_equal_torchs(twice: bool, tmp_path: Path) -> None:
     def stepped(double_step: bool) -> tuple[list[float], dict[str, np.ndarray]]:
         learner = Learner(behaviour, heads)
         graph, trained, rest = nnx.split(learner, bam.trainable("adapters+heads"), ...)
+        trained = jax.tree.map(jnp.copy, trained)  # a step donates them, and they are stepped from twice
         optimizer = bam.make_optimizer(made.bam, double_step=double_step)
         state = fresh_optimizer(TrainState(jnp.zeros((), jnp.int32), trained, rest, ()), optimizer, world.mesh_of((1, 1, 1)))
         below, params = nnx.split(tiny.thinker())
