@@ -45,7 +45,7 @@ def epochs(run: Adapting, group: Group, cached: Feed, kind: str, rounds: int) ->
     states = {}
     for name in feeds:
         own = jax.tree.map(jnp.copy, (trained, rest))
-        states[name] = fresh_optimizer(TrainState(jnp.zeros((), jnp.int32), *own, ()), optimizer, run.mesh)
+        states[name] = fresh_optimizer(TrainState(jnp.zeros((), jnp.int32), own[0], own[1], ()), optimizer, run.mesh)
     found: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in feeds}
     length = cached.split.steps_per_epoch
     for number in range(rounds + 1):

@@ -72,7 +72,9 @@ def write_tail(folder: Path, thinker: ThinkerConfig, block: DecoderLayer, lm_hea
       ConversionError: a value is not finite.
     """
     layers = ("decoder", "layers", "block")
-    values = {(*layers, *map(str, path)): variable.get_value() for path, variable in nnx.to_flat_state(nnx.state(block))}
+    values: dict[tuple[str, ...], Any] = {
+        (*layers, *map(str, path)): variable.get_value() for path, variable in nnx.to_flat_state(nnx.state(block))
+    }
     values[("lm_head", "kernel")] = lm_head.kernel[...]
     rows = {row.ours: row for row in mappings(thinker) if row.ours in values}
     assert rows.keys() == values.keys()

@@ -150,7 +150,7 @@ class BehaviourAttention(nnx.Module):
         def change(layer: GatedAttention, kv: KeyValue) -> Callable[[jax.Array], jax.Array]:
             return lambda x: layer(x, angles, kv, remembered.seen)
 
-        return {depth: change(*pair) for depth, *pair in zip(self.config.depths, self.layers, remembered.keys, strict=True)}
+        return {depth: change(layer, kv) for depth, layer, kv in zip(self.config.depths, self.layers, remembered.keys, strict=True)}
 
     def finish(self, states: jax.Array, remembered: Frames) -> jax.Array:
         """The states as they are."""

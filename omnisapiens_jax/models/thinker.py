@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -134,7 +134,15 @@ def last_token(states: jax.Array, lengths: jax.Array) -> jax.Array:
     return jnp.take_along_axis(states, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]
 
 
-def token_log_probs(thinker: Thinker, hidden: jax.Array, targets: jax.Array, *, temperature: float = 1.0, chunk: int = 1024) -> jax.Array:
+class LmHead(Protocol):
+    """What has an LM head."""
+
+    def head(self) -> jax.Array:
+        """The head `[D, V]`."""
+        ...
+
+
+def token_log_probs(thinker: LmHead, hidden: jax.Array, targets: jax.Array, *, temperature: float = 1.0, chunk: int = 1024) -> jax.Array:
     """Log-probability of each target, without `[B, T, V]` logits.
 
     `log_softmax(logits / temperature)` in float32, before any truncation of the distribution. Logits are made for `chunk` tokens at a time,

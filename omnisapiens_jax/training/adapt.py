@@ -21,6 +21,7 @@ from omnisapiens_jax.atlas.faults import FaultLog
 from omnisapiens_jax.atlas.labels import HBA
 from omnisapiens_jax.atlas.plan import Index
 from omnisapiens_jax.atlas.recipe import lower_answer
+from omnisapiens_jax.atlas.sources import open_source
 from omnisapiens_jax.convert.behaviour import write_behaviour, write_tail
 from omnisapiens_jax.convert.loading import fill_parts
 from omnisapiens_jax.convert.parts import AdapterShape
@@ -118,7 +119,7 @@ def adapt(config: ml_collections.ConfigDict, workdir: Path, mesh: Mesh, atlas: A
       ValueError: a dataset that is named has no rows or no descriptors, or the weights do not go with the settings.
     """
     run = Adapting(config, workdir, mesh, atlas, graph, params)
-    there = {*atlas.source(config.atlas.train).datasets()}
+    there = {*open_source(atlas.root / config.atlas.train).datasets()}
     wanted, everything = bam.groups(config.bam), config.bam.datasets == "all"
     if missing := [group.name for group in wanted if not {*group.datasets} <= there]:
         if not everything:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 
 from omnisapiens_jax.atlas.behaviour import Behaviour as Descriptors
 from omnisapiens_jax.atlas.labels import HBA
-from omnisapiens_jax.models.bam import MODALITIES, Behaviour, Dropped, ResidualAdapter, ResidualAdapters
+from omnisapiens_jax.models.bam import MODALITIES, Dropped, ResidualAdapter, ResidualAdapters
 from omnisapiens_jax.models.behaviour import AttentionConfig, BehaviourAttention, Statistic
 from omnisapiens_jax.models.config import ThinkerConfig
 from omnisapiens_jax.models.decoder import DecoderLayer
@@ -149,7 +149,7 @@ class Tail(nnx.Module):
 class Learner(nnx.Module):
     """What stands on the frozen thinker."""
 
-    def __init__(self, behaviour: Behaviour, heads: DomainHeads | None = None, tail: Tail | None = None):
+    def __init__(self, behaviour: ResidualAdapters | BehaviourAttention, heads: DomainHeads | None = None, tail: Tail | None = None):
         """`heads` where classes are learnt; `tail` where the last block is."""
         self.behaviour, self.heads, self.tail = behaviour, heads, tail
 
@@ -251,7 +251,7 @@ def make_optimizer(settings: ml_collections.ConfigDict, *, double_step: bool) ->
     With `double_step` the adapters are stepped by both, as in the published runs, whose first optimizer had been given them too.
     """
     base, adapters = optax.adam(settings.lr), optax.adam(settings.adapter_lr)
-    parts = {"adapters": _both(base, adapters) if double_step else adapters, "base": base}
+    parts: dict[Hashable, optax.GradientTransformation] = {"adapters": _both(base, adapters) if double_step else adapters, "base": base}
 
     def label(params: nnx.State) -> Any:
         def of(path: tuple[Any, ...], _: jax.Array) -> str:
@@ -269,9 +269,9 @@ def _both(first: optax.GradientTransformation, second: optax.GradientTransformat
     def init(params: Any) -> Any:
         return first.init(params), second.init(params)
 
-    def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        one, own = first.update(grads, state[0], params)
-        two, other = second.update(grads, state[1], params)
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        one, own = first.update(updates, state[0], params)
+        two, other = second.update(updates, state[1], params)
         return jax.tree.map(jnp.add, one, two), (own, other)
 
     return optax.GradientTransformation(init, update)

@@ -105,7 +105,7 @@ class Atlas:
                 f"({config.model.preset}): name a checkpoint with its tokenizer beside it, --config.model.weights=DIR"
             )
         self.scheme = SCHEMES[config.atlas.scheme]
-        self._root = Path(config.atlas.path) if config.atlas.path else self._own()
+        self.root = Path(config.atlas.path) if config.atlas.path else self._own()
         for name in (config.atlas.train, config.atlas.validation, config.atlas.test):
             self.source(name)  # what is missing is told now, not when its turn comes
         self._cache = resources.cache() / "lengths"
@@ -171,11 +171,11 @@ class Atlas:
             index = index.subset(rows(index))
         if not same_everywhere(index.content()):  # else they would plan different steps, and wait for each other for ever
             raise ValueError(
-                f"{self._root / name}: the processes do not find the same rows usable and of the same size. Their reports of bad rows, or "
+                f"{self.root / name}: the processes do not find the same rows usable and of the same size. Their reports of bad rows, or "
                 f"{self._quarantine or 'a list of them'}, tell which: mend these, or leave them out with --config.atlas.quarantine=FILE"
             )
         if not len(index):
-            raise ValueError(f"{self._root / name}: of {len(source)} rows {len(faults)} cannot be used, and none is left for this stage")
+            raise ValueError(f"{self.root / name}: of {len(source)} rows {len(faults)} cannot be used, and none is left for this stage")
         mode = "homogeneous" if atlas.batches == "packed" and target is None and not packs else atlas.batches
         plan = PlanConfig(batch_size, hosts=jax.process_count(), seed=self._config.seed, mode=mode, shuffle=shuffle)
         if shuffle:
@@ -193,7 +193,7 @@ class Atlas:
 
     def source(self, name: str) -> Source:
         """The rows of one split."""
-        return open_source(self._root / name)
+        return open_source(self.root / name)
 
     def _own(self) -> Path:
         if self.scheme is REAL_TEXT:

@@ -97,7 +97,7 @@ class Site:
     def collate(self, rows: list[Arrays | None], length: int) -> dict[str, np.ndarray]:
         """A batch of what was kept, as `states` gives it, its rows `length` tokens long; None for a masked row."""
         count = len(rows)
-        batch = {name: np.full(count, -1, np.int32) for name in ("domain", "label")}
+        batch: dict[str, np.ndarray] = {name: np.full(count, -1, np.int32) for name in ("domain", "label")}
         if self.kind == "pooled":
             batch["pooled"] = np.zeros((count, self.width), np.float32)
         else:

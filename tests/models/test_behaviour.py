@@ -50,6 +50,10 @@ def adapters(depth: int | None = None) -> ResidualAdapters:
     return ResidualAdapters(made, depth)
 
 
+def on_device(given: dict[str, np.ndarray], starts: np.ndarray) -> dict[str, jax.Array]:
+    return {name: jnp.asarray(array) for name, array in {**given, "media_starts": starts}.items()}
+
+
 @functools.cache
 def unchanged() -> tuple[np.ndarray, np.ndarray]:
     """Last and penultimate states of the thinker alone."""
@@ -88,7 +92,7 @@ def test_equals_the_formula() -> None:
     given, behaviour, x = batch(), attention(0.7), np.random.default_rng(3).standard_normal((3, SLOTS, 32)).astype(np.float32)
     starts = np.array([[3, 5], [0, 0], [2, 2]])
     time = given["positions"][:, 0]
-    remembered = behaviour.remember({**given, "media_starts": jnp.asarray(starts)})
+    remembered = behaviour.remember(on_device(given, starts))
     found = np.asarray(behaviour.between(remembered, jnp.asarray(time))[1](jnp.asarray(x)))
 
     layer, per_second = behaviour.layers[0], tiny.TINY.position_id_per_seconds
@@ -133,7 +137,7 @@ def test_only_the_distance_in_time_counts() -> None:
     x, time = jnp.asarray(np.random.default_rng(3).standard_normal((3, SLOTS, 32)), jnp.float32), jnp.asarray(given["positions"][:, 0])
 
     def after(starts: int, tokens: int) -> np.ndarray:
-        remembered = behaviour.remember({**given, "media_starts": jnp.full((3, 2), starts)})
+        remembered = behaviour.remember(on_device(given, np.full((3, 2), starts)))
         return np.asarray(behaviour.between(remembered, time + tokens)[1](x))
 
     np.testing.assert_allclose(after(57, 50), after(7, 0), atol=1e-4)  # angles of 57 in float32
@@ -171,7 +175,7 @@ def test_greedy_decoding_with_a_cache_equals_recomputing_everything(kind: str, u
 def answers(policy: BehaviourThinker | Thinker, given: dict[str, np.ndarray], *, unroll: bool) -> np.ndarray:
     generator = Generator(policy, Sampling(1, TOKENS, 0.0, eos=(-2,), pad=0, chunk=4), unroll=unroll)
     view = generator.view(nnx.state(policy))
-    return np.asarray(generator(view, given, rollout_keys(0, 0, given["index"], 1)).tokens)[:, 0]
+    return np.asarray(generator(view, jax.tree.map(jnp.asarray, given), rollout_keys(0, 0, given["index"], 1)).tokens)[:, 0]
 
 
 def followed(given: dict[str, np.ndarray], tokens: np.ndarray) -> dict[str, np.ndarray]:

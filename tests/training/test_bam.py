@@ -18,6 +18,7 @@ from omnisapiens_jax.atlas.labels import HBA
 from omnisapiens_jax.convert.behaviour import read_behaviour, released_parts, write_behaviour
 from omnisapiens_jax.convert.checkpoint import take_params
 from omnisapiens_jax.convert.source import Params
+from omnisapiens_jax.models.bam import ResidualAdapters
 from omnisapiens_jax.models.behaviour import AttentionConfig, BehaviourAttention, Statistic
 from omnisapiens_jax.models.config import ThinkerConfig
 from omnisapiens_jax.models.heads import DomainHeads
@@ -152,18 +153,22 @@ def test_without_the_store_the_losses_are_the_same(kind: str, dataset: str, tmp_
 def test_other_weights_have_other_states() -> None:
     """A single bit anywhere is enough, in any dtype; where they lie is not."""
     params = {"a": jnp.arange(12.0).reshape(3, 4), "b": jnp.ones(5, jnp.bfloat16)}
-    whole = frozen.identity(params)
+
+    def identity(params: dict[str, jax.Array]) -> str:
+        return frozen.identity(nnx.State(params))
+
+    whole = identity(params)
     spread = jax.device_put(params, jax.sharding.NamedSharding(world.mesh_of((1, 1, 1)), jax.sharding.PartitionSpec()))
-    assert frozen.identity(spread) == whole and frozen.identity({"c": params["a"], "b": params["b"]}) != whole
+    assert identity(spread) == whole and identity({"c": params["a"], "b": params["b"]}) != whole
     random = np.random.default_rng(0)
     for name, kind in (("a", np.uint32), ("b", np.uint16)):
         for _ in range(20):
             bits = np.array(params[name]).view(kind)
             bits.reshape(-1)[random.integers(bits.size)] ^= kind(1 << random.integers(8 * bits.itemsize))
             changed = jnp.asarray(bits.view(params[name].dtype))
-            assert frozen.identity({**params, name: changed}) != whole
+            assert identity({**params, name: changed}) != whole
     swapped = params["a"].at[0, 0].set(params["a"][2, 3]).at[2, 3].set(params["a"][0, 0])
-    assert frozen.identity({**params, "a": swapped}) != whole
+    assert identity({**params, "a": swapped}) != whole
 
 
 ORDER, LR, ADAPTER_LR = ("video", "audio"), 1e-4, 5e-4
@@ -211,6 +216,7 @@ def test_steps_equal_torchs(twice: bool, tmp_path: Path) -> None:
     def stepped(double_step: bool) -> tuple[list[float], dict[str, np.ndarray]]:
         learner = Learner(behaviour, heads)
         graph, trained, rest = nnx.split(learner, bam.trainable("adapters+heads"), ...)
+        trained = jax.tree.map(jnp.copy, trained)  # a step donates them, and they are stepped from twice
         optimizer = bam.make_optimizer(made.bam, double_step=double_step)
         state = fresh_optimizer(TrainState(jnp.zeros((), jnp.int32), trained, rest, ()), optimizer, world.mesh_of((1, 1, 1)))
         below, params = nnx.split(tiny.thinker())
@@ -220,6 +226,7 @@ def test_steps_equal_torchs(twice: bool, tmp_path: Path) -> None:
             state, metrics = bam.step((site, graph, below), "cls", optimizer, (0, 2, (0.0, 0.0)), state, params, batch)
             found.append(float(metrics["loss"]))
         after = nnx.merge(graph, state.trainable, state.frozen)
+        assert isinstance(after.behaviour, ResidualAdapters)
         return found, {name: tensor.read() for name, tensor in released_parts(after.heads, after.behaviour, tmp_path).items()}
 
     found, after = stepped(twice)
@@ -235,6 +242,7 @@ def test_a_withheld_descriptor_is_zeros_before_the_norm_and_none_is_scaled_up() 
     """Reference 4.1: the drop comes first, so that the norm's bias still speaks."""
     made = world.config("bam", **SMALL)
     behaviour = bam.make_behaviour(made.bam, tiny.TINY, ("video",), "cls", nnx.Rngs(0))
+    assert isinstance(behaviour, ResidualAdapters) and behaviour.video is not None and behaviour.video.norm is not None
     behaviour.video.norm.bias.set_value(jnp.ones_like(behaviour.video.norm.bias[...]))
     given = jnp.asarray(np.random.default_rng(0).standard_normal((3, 3318)), jnp.float32)
     batch = {"video_descriptor": given, "video_present": jnp.array([True, True, False])}

@@ -41,7 +41,11 @@ def batch(random: np.random.Generator, rows: int) -> dict[str, jax.Array]:
     states = tiny.thinker().decoder.embed_tokens[...][prompts["tokens"]]
     pooled = np.concatenate([frames.mean(1), frames.std(1)], axis=1)
     given: dict[str, Any] = {name: prompts[name] for name in ("positions", "segment_ids", "labels") if name in prompts}
-    given |= {"states": states, "pooled": pool(states, jnp.asarray(prompts["segment_ids"] == 1)), "media_starts": media_starts(prompts)}
+    given |= {
+        "states": states,
+        "pooled": pool(states, jnp.asarray(prompts["segment_ids"] == 1)),
+        "media_starts": media_starts(jax.tree.map(jnp.asarray, prompts)),
+    }
     given |= {"domain": np.full(rows, HUMOUR, np.int32), "label": (sum(parts.LABELS) - 2 + labels).astype(np.int32)}
     given |= {"landmarks": frames, "landmarks_mask": np.ones(frames.shape[:2], bool)}
     given["landmarks_times"] = np.tile(np.arange(FRAMES, dtype=np.float32) / 20, (rows, 1))
