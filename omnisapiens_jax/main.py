@@ -65,7 +65,7 @@ def _bundled(argument: str) -> str:
 _CONFIG = config_flags.DEFINE_config_file(
     "config",
     None,
-    "Config file or bundled name (rl, generative, sft, qa, evaluate), and :size (mini, 3b, 7b). --config.NAME=VALUE sets one value.",
+    "Config file or bundled name (rl, generative, sft, qa, bam, text, evaluate) and :size (mini, 3b, 7b). --config.X=VALUE sets one value.",
     lock_config=True,
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; a run found there goes on.", required=True)

@@ -19,6 +19,7 @@ from tests.models import cases
 
 def tiny_thinker(folder: Path) -> Path:
     """A thinker of Hugging Face with a tokenizer, of the tiny shape."""
+    folder.mkdir(exist_ok=True)
     cases.write_checkpoint(tiny.TINY, folder)
     shutil.copy(resource("data/mini/tokenizer.model"), folder)
     return folder

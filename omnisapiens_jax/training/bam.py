@@ -156,7 +156,7 @@ class Learner(nnx.Module):
     def logits(self, site: Site, thinker: Thinker, batch: Batch, dropped: Dropped | None = None) -> jax.Array:
         """Of the labels of all domains `[B, C]`, from the states of a site; see `DomainHeads`."""
         assert self.heads is not None
-        remembered = self.behaviour.remember(batch, dropped)
+        remembered: Any = self.behaviour.remember(batch, dropped)  # nobody but the behaviour itself reads it
         if site.kind == "pooled":
             pooled = batch["pooled"]
         else:
@@ -166,7 +166,7 @@ class Learner(nnx.Module):
 
     def answer(self, site: Site, thinker: Thinker, batch: Batch, dropped: Dropped | None = None) -> tuple[jax.Array, jax.Array]:
         """Log-probabilities of the tokens of the answers `[B, T]`, 0 where none is, and those tokens `[B, T]`, negative there."""
-        remembered = self.behaviour.remember(batch, dropped)
+        remembered: Any = self.behaviour.remember(batch, dropped)  # nobody but the behaviour itself reads it
         states, targets = batch["states"], batch["targets"] if site.kind == "answers" else batch["labels"][:, 1:]
         if site.kind == "depth":
             depth = thinker.config.text.num_layers

@@ -34,7 +34,7 @@ def write_landmarks(file: Path, frames: int, *, face: bool = True, points: int =
     parts = {part: random.random((frames, width, 3), np.float32) for part, width in widths.items()}
     if not face:
         parts["face"] = np.zeros_like(parts["face"])
-    np.savez(file, **parts, frame_indices=np.arange(frames), total_frames=frames)
+    np.savez(file, allow_pickle=False, **parts, frame_indices=np.arange(frames), total_frames=frames)
 
 
 @pytest.fixture

@@ -89,6 +89,7 @@ def first(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "bam"
 
 
+@pytest.mark.slow
 def test_every_dataset_with_descriptors_gets_adapters_of_its_own(first: Path) -> None:
     with_landmarks = {"meld_emotion", "meld_senti", "mmsd", "urfunny", "mimeqa", "siq2"}
     assert {path.name for path in first.iterdir()} == with_landmarks
@@ -102,6 +103,7 @@ def test_every_dataset_with_descriptors_gets_adapters_of_its_own(first: Path) ->
         assert (first / name / "heads.bin").exists() == (HBA.dataset(name).kind == "cls")
 
 
+@pytest.mark.slow
 def test_one_job_gives_each_dataset_what_a_run_of_its_own_gives(first: Path, tmp_path: Path) -> None:
     """And the second run, another one, finds the states that the first has computed."""
     with pytest.MonkeyPatch.context() as patch:
@@ -112,6 +114,7 @@ def test_one_job_gives_each_dataset_what_a_run_of_its_own_gives(first: Path, tmp
         assert (tmp_path / "bam/urfunny" / file).read_bytes() == (first / "urfunny" / file).read_bytes()
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_goes_on_to_the_same_end(first: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """At the end of its first epoch, its checkpoint written or not."""
 
@@ -130,6 +133,7 @@ def test_a_run_that_was_killed_goes_on_to_the_same_end(first: Path, tmp_path: Pa
     assert (tmp_path / "bam/urfunny/adapters.bin").read_bytes() == (first / "urfunny/adapters.bin").read_bytes()
 
 
+@pytest.mark.slow
 def test_a_damaged_state_is_computed_again(first: Path, tmp_path: Path, cache: Path) -> None:
     for file in (cache / "states").glob("*/*.records"):
         content = bytearray(file.read_bytes())
@@ -139,6 +143,7 @@ def test_a_damaged_state_is_computed_again(first: Path, tmp_path: Path, cache: P
     np.testing.assert_allclose(losses(tmp_path / "bam/urfunny"), losses(first / "urfunny"), rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "dataset"), [("adapter", "urfunny"), ("adapter", "siq2"), ("attention", "siq2")])
 def test_without_the_store_the_losses_are_the_same(kind: str, dataset: str, tmp_path: Path) -> None:
     """Rows are then encoded in other batches, of other lengths: equal to the rounding of float32."""
@@ -336,6 +341,7 @@ def test_the_real_shapes_fit(kind: str) -> None:
         assert sum(leaf.size for leaf in jax.tree.leaves(trained["behaviour"])) == 1_777_389 + 5_114_827
 
 
+@pytest.mark.slow
 def test_free_form_answers_can_train_the_last_block_and_the_head(tmp_path: Path) -> None:
     """Of two datasets together; what is written goes into the thinker's place, and answers come from it."""
     run(tmp_path, bam__datasets="siq2+mimeqa", bam__stage=bam.LAST_BLOCK, bam__lr=1e-2)
@@ -348,6 +354,7 @@ def test_free_form_answers_can_train_the_last_block_and_the_head(tmp_path: Path)
     assert losses(folder)[-1] < losses(folder)[0]
 
 
+@pytest.mark.slow
 def test_released_adapters_are_evaluated_as_they_are(tmp_path: Path) -> None:
     """A folder as the released ones are: a thinker, heads and adapters; nothing is trained, and only descriptors make a difference."""
     theirs = tiny_thinker(tmp_path / "theirs")

@@ -85,4 +85,4 @@ def test_a_run_has_the_heads_of_its_scheme_and_labels_that_there_are() -> None:
         ({"atlas__scheme": "mine"}, "unknown config.atlas.scheme 'mine'; known: hba, real_text"),
     ):
         with pytest.raises(ValueError, match=told):
-            check(world.config("text", **change), mesh)
+            check(world.config("text", (1, 1, 1), **change), mesh)
