@@ -320,7 +320,8 @@ def soak(folder: Path, samples: int) -> int:
     for _, batch in made.batches(0, samples):
         done += int(batch["row_mask"].sum())
         if done >= told:
-            seen.append(pss(os.getpid()) / 1e6)
+            # Not PSS, which grows when somebody else who shares our libraries ends.
+            seen.append(sum(process.memory_info().rss for process in tree(os.getpid())) / 1e6)
             print(f"{done:>7} samples: {seen[-1]:.0f} MB", flush=True)
             told += samples // 20
         if done >= samples:
