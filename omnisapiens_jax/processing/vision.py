@@ -140,40 +140,53 @@ def _resize(planes: np.ndarray, height: int, width: int) -> np.ndarray:
 
     That is what the published processor resizes with: along the rows, then along the columns, with weights of 16 bits and their sign.
     (Pillow's have more, and since version 13 it takes some pictures the other way.) What is added up pixel by pixel there are products of
-    narrow bands of a matrix here. Their sums are whole numbers of 24 bits at most, which float32 holds exactly.
+    narrow bands of a matrix here, whose sums are not rounded (see `_bands`).
     """
     count, rows, columns = planes.shape
     made = np.empty((count, height, width), np.uint8)
-    # Used for one plane after the other, because they stay in the processor's cache.
-    source, across, down = (np.empty(shape, np.float32) for shape in ((rows, columns), (rows, width), (height, width)))
+    (along, halves), (down, halves_down) = _bands(columns, width), _bands(rows, height)
+    dtype = np.result_type(halves, halves_down)
+    # Used for one strip and plane after the other, because they stay in the processor's cache.
+    source, across, levels = (np.empty(shape, dtype) for shape in ((min(rows, _STRIP), columns), (rows, width), (height, width)))
     for plane, out in zip(planes, made, strict=True):
-        source[...] = plane
         if columns == width:
-            across[...] = source
+            across[...] = plane
+            across -= _MIDDLE
         else:
-            for pixels, read, weights in _bands(columns, width):
-                np.matmul(source[:, read], weights.T, out=across[:, pixels])
-            np.floor(np.add(across, 0.5, out=across), out=across)  # to the nearest level, halves upwards
-            np.clip(across, 0, 255, out=across)
+            for begin in range(0, rows, _STRIP):
+                strip = across[begin : begin + _STRIP]
+                given = source[: len(strip)]
+                given[...] = plane[begin : begin + _STRIP]
+                given -= _MIDDLE
+                for pixels, read, weights in along:
+                    np.matmul(given[:, read], weights.T, out=strip[:, pixels])
+                np.floor(np.add(strip, halves, out=strip), out=strip)  # to the nearest level, halves upwards
+                np.clip(strip, -_MIDDLE, 255 - _MIDDLE, out=strip)
         if rows == height:
-            down[...] = across
+            out[...] = across + _MIDDLE
         else:
-            for pixels, read, weights in _bands(rows, height):
-                np.matmul(weights, across[read], out=down[pixels])
-            np.clip(np.add(down, 0.5, out=down), 0, 255, out=down)
-        out[...] = down  # cuts off what is behind the point
+            for pixels, read, weights in down:
+                np.matmul(weights, across[read], out=levels[pixels])
+            np.add(levels, halves_down[:, None] + _MIDDLE, out=levels)
+            out[...] = np.clip(levels, 0, 255, out=levels)  # cuts off what is behind the point
     return made
 
 
+_MIDDLE = 128  # of the levels, which are counted from here: sums of small numbers have fewer bits
+_STRIP = 256  # rows that are read at once
 _BAND = 16  # pixels that are made at once
 
 
 @functools.lru_cache(maxsize=256)
-def _bands(size: int, wanted: int) -> list[tuple[slice, slice, np.ndarray]]:
+def _bands(size: int, wanted: int) -> tuple[list[tuple[slice, slice, np.ndarray]], np.ndarray]:
     """Weights of a bicubic resize of `size` pixels to `wanted`, band by band: the pixels made, those read, and the matrix between them.
 
     The kernel (Keys, a = -0.5) is widened when pixels are fewer than before. Weights are rounded so that the greatest of all just fits 16
-    bits with its sign, as torch has them (`_compute_index_ranges_int16_weights`).
+    bits with its sign, as torch has them (`_compute_index_ranges_int16_weights`). Sums over levels are whole numbers of such units: of 24
+    bits at most, which float32 holds exactly, unless a picture shrinks to less than about a quarter. Then the type is float64.
+
+    The second answer, `[wanted]`, is what a sum lacks before it is rounded down: half a level, and `_MIDDLE` as often as its weights,
+    once they are rounded, are more than one.
     """
     scale = size / wanted
     widened = max(scale, 1.0)
@@ -191,5 +204,9 @@ def _bands(size: int, wanted: int) -> list[tuple[slice, slice, np.ndarray]]:
         weights[(place < first[made, None]) | (place >= last[made, None])] = 0.0
         bands.append((made, read, weights / weights.sum(axis=1, keepdims=True)))
     greatest = max(weights.max() for *_, weights in bands)
-    one = 2.0 ** next(bits for bits in range(22) if int(0.5 + greatest * 2 ** (bits + 1)) >= 2**15)
-    return [(made, read, (np.trunc(weights * one + np.copysign(0.5, weights)) / one).astype(np.float32)) for made, read, weights in bands]
+    unit = 0.5 ** next((bits for bits in range(22) if int(0.5 + greatest * 2 ** (bits + 1)) >= 2**15), 22)
+    bands = [(made, read, np.trunc(weights / unit + np.copysign(0.5, weights)) * unit) for made, read, weights in bands]
+    halves = 0.5 + _MIDDLE * (np.concatenate([weights.sum(axis=1) for *_, weights in bands]) - 1)
+    largest = _MIDDLE * max(np.abs(weights).sum(axis=1).max() for *_, weights in bands) + np.abs(halves).max()
+    dtype = np.float32 if max(largest, 2 * _MIDDLE) / unit <= 2**24 else np.float64
+    return [(made, read, weights.astype(dtype)) for made, read, weights in bands], halves.astype(dtype)

@@ -43,6 +43,8 @@ def test_patches_equal_transformers():
         "image_tiny": (4, 5),
     }
     pictures = {name: picture(*size) for name, size in sizes.items()}
+    # Bright and much smaller: sums of so many levels have more bits than float32.
+    pictures["image_bright"] = np.random.default_rng(0).integers(200, 256, (1600, 1800, 3), dtype=np.uint8)
     pictures["image_astronaut"] = decode_image(REAL / "astronaut.png")[0]
     pictures["image_obama"] = decode_video(REAL / "obama_speech.mp4", frames=4)[2]
     arguments: dict[str, Any] = BOUNDS | pictures
@@ -58,6 +60,13 @@ def test_patches_equal_transformers():
         worst = max(worst, float(np.abs(ours - theirs[name.replace("image", "patches")]).max()))
     print(f"patches: worst difference {worst:.1e}, a grey level is {1 / 255 / std.max():.1e}")
     assert worst <= 1e-6  # the same bytes, normalised in float32
+
+
+def test_a_picture_that_shrinks_a_hundredfold_keeps_its_level():
+    frames = np.broadcast_to(np.array([3, 128, 254], np.uint8), (1, 8000, 6000, 3))  # weights never reach 16 bits
+    patches, grid = patchify(frames, VISION, min_pixels=3136, max_pixels=3136)
+    assert grid == (1, 4, 2)
+    np.testing.assert_array_equal(patches.reshape(8, 3, -1), np.broadcast_to(np.array([3, 128, 254])[:, None], (8, 3, 392)))
 
 
 def test_a_video_is_paired_frames_in_the_same_order_as_stills():
