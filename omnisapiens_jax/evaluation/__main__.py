@@ -20,6 +20,7 @@ from rich.markdown import Markdown
 from rich.text import Text
 
 from omnisapiens_jax import resources
+from omnisapiens_jax.atlas.labels import SCHEMES
 from omnisapiens_jax.atlas.schema import SampleError
 from omnisapiens_jax.atlas.sources import open_source
 from omnisapiens_jax.evaluation.answers import save_answers
@@ -45,9 +46,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _compare(options: argparse.Namespace, console: Console) -> None:
     if bool(options.groups) != bool(options.by):
         raise ValueError("--groups FILE and --by COLUMN belong together")
-    runs = [open_run(argument) for argument in options.runs]
+    scheme = SCHEMES[options.scheme]
+    runs = [open_run(argument, scheme) for argument in options.runs]
     columns = read_columns(options.groups, options.by) if options.groups else None
-    found = compare(runs, any_domain=options.any_domain, columns=columns, resamples=options.resamples)
+    found = compare(runs, scheme=scheme, any_domain=options.any_domain, columns=columns, resamples=options.resamples)
     page = write_comparison(options.out, found, source=open_source(options.atlas) if options.atlas else None)
     console.print(Markdown(markdown(found)))
     console.print(f"The page is {page.absolute()}; the same as .md and .json beside it", soft_wrap=True, markup=False)
@@ -92,8 +94,8 @@ def _questions(path: Path) -> dict[str, str]:
 
 
 def _export(options: argparse.Namespace, console: Console) -> None:
-    run = open_run(options.runs)
-    left_out = write_predictions(options.file, run.answers, options.form)
+    run = open_run(options.runs, SCHEMES[options.scheme])
+    left_out = write_predictions(options.file, run.answers, options.form, SCHEMES[options.scheme])
     told = f", {left_out} rows have no place in it" if left_out else ""
     console.print(f"{len(run.answers) - left_out} rows are in {options.file}{told}", soft_wrap=True, markup=False)
 
@@ -113,6 +115,7 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--atlas", type=Path, metavar="SPLIT", help="the split that was answered: the page then shows examples with their media"
     )
+    made.add_argument("--scheme", choices=SCHEMES, default="hba", help="of datasets and labels (default: hba)")
     made.add_argument("--resamples", type=int, default=2000, help="of the bootstrap (default: 2000)")
     made.set_defaults(run=_compare)
 
@@ -134,6 +137,7 @@ def _parser() -> argparse.ArgumentParser:
     made = commands.add_parser("export", help="a prediction file of the original")
     made.add_argument("runs", metavar="RUN", help="folder or file")
     made.add_argument("file", metavar="FILE", type=Path, help="what to write")
+    made.add_argument("--scheme", choices=SCHEMES, default="hba", help="of datasets and labels (default: hba)")
     made.add_argument("--as", dest="form", required=True, choices=FORMS, help="class indices, whole texts, or the free-form rows")
     made.set_defaults(run=_export)
     return parser

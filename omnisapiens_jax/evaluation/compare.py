@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -95,6 +94,7 @@ class Comparison:
     """All that is known of R runs on N common samples.
 
     Attributes:
+        scheme: what datasets and labels there are.
         names: of the runs.
         answers: `[R][N]`, in the order of the ids.
         right: `[R, N]` which are right, or how right a judge finds them.
@@ -110,6 +110,7 @@ class Comparison:
         groups: by column.
     """
 
+    scheme: LabelScheme
     names: tuple[str, ...]
     answers: tuple[tuple[Answer, ...], ...]
     right: np.ndarray
@@ -200,6 +201,7 @@ def compare(
     tasks.append(_line("mean", "mean of the tasks", overall, right))
 
     return Comparison(
+        scheme,
         tuple(names),
         answers,
         right,
@@ -342,10 +344,11 @@ def _groups(
         values[name] = [column[answer.id] for answer in rows]
     groups = {}
     for name, column in values.items():
-        groups[name] = tuple(
-            _group(value, np.array([i for i, own in enumerate(column) if own == value]), answers, right, resamples, seed)
-            for value, _ in Counter(column).most_common()
-        )
+        places: dict[str, list[int]] = {}
+        for i, value in enumerate(column):
+            places.setdefault(value, []).append(i)
+        largest = sorted(places.items(), key=lambda item: -len(item[1]))
+        groups[name] = tuple(_group(value, np.array(own), answers, right, resamples, seed) for value, own in largest)
     return groups
 
 

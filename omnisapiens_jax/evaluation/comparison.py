@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
-from omnisapiens_jax.atlas.labels import HBA, LabelScheme
+from omnisapiens_jax.atlas.labels import HBA
 from omnisapiens_jax.atlas.sources import Source
 from omnisapiens_jax.evaluation import paper
 from omnisapiens_jax.evaluation.calibration import Reliability
@@ -23,7 +23,7 @@ from omnisapiens_jax.pages.charts import Line, line_chart
 NONE = "\N{EN DASH}"
 
 
-def write_comparison(folder: Path, found: Comparison, *, source: Source | None = None, scheme: LabelScheme = HBA) -> Path:
+def write_comparison(folder: Path, found: Comparison, *, source: Source | None = None) -> Path:
     """Writes the three files into a folder and returns the path of the page. With the rows themselves, examples show their media."""
     folder.mkdir(parents=True, exist_ok=True)
     page = environment().get_template("comparison.html.jinja")
@@ -34,11 +34,11 @@ def write_comparison(folder: Path, found: Comparison, *, source: Source | None =
         tasks=_table(found, found.tasks, paper.TASKS),
         datasets=_table(found, found.datasets, paper.DATASETS),
         metrics=_metrics(found),
-        confusions=confusions(scheme, list(zip(found.names, found.answers, strict=True))),
+        confusions=confusions(found.scheme, list(zip(found.names, found.answers, strict=True))),
         reliability=[(name, bins.ece, int(bins.counts.sum()), _curve(bins)) for name, bins in _calibrated(found)],
         groups=found.groups,
         galleries=_galleries(found, source),
-        caveat=paper.CAVEAT,
+        caveat=_caveat(found),
     )
     contents = {"html": text, "md": markdown(found), "json": json.dumps(as_json(found), indent=1, ensure_ascii=False) + "\n"}
     for ending, content in contents.items():
@@ -69,7 +69,11 @@ def markdown(found: Comparison) -> str:
         parts.append(_lines(head, [[g.value, g.count, *map(_cell, g.accuracy), *map(_score, g.ece)] for g in groups]))
     if calibrated := _calibrated(found):
         parts.append(_lines(["run", "n", "ECE, 15 bins"], [[name, int(bins.counts.sum()), _score(bins.ece)] for name, bins in calibrated]))
-    return "\n\n".join([*parts, paper.CAVEAT]) + "\n"
+    return "\n\n".join([*parts, *filter(None, [_caveat(found)])]) + "\n"
+
+
+def _caveat(found: Comparison) -> str:
+    return paper.CAVEAT if found.scheme is HBA else ""
 
 
 def _notes(found: Comparison) -> list[str]:
@@ -88,8 +92,8 @@ def _notes(found: Comparison) -> list[str]:
 
 
 def _table(found: Comparison, rows: Sequence[Row], known: Mapping[str, Mapping[str, float]]) -> list[dict[str, Any]]:
-    """Lines with the papers' numbers beside them: of every model that has one of any line."""
-    models = [model for model, scores in known.items() if any(row.name in scores for row in rows)]
+    """Lines with the papers' numbers beside them, which are of the benchmark's rows alone: of every model that has one of any line."""
+    models = [model for model, scores in known.items() if found.scheme is HBA and any(row.name in scores for row in rows)]
     return [{**vars(row), "paper": {model: known[model].get(row.name) for model in models}} for row in rows]
 
 

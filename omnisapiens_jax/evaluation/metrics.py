@@ -9,7 +9,7 @@ that one call measures a set and all its resamples: a resample of N rows matters
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from scipy import stats
@@ -100,29 +100,6 @@ def emotion_scores(counts: np.ndarray) -> np.ndarray:
     return np.where(support > 0, 0.5 * (recall + _ratio(rejected, others)), np.nan)
 
 
-def set_metrics(golds: np.ndarray, predictions: np.ndarray) -> dict[str, float]:
-    """`set_scores` of one set `[N]`, N >= 1, over the classes of its gold answers."""
-    counts = confusion_matrix(golds, predictions, np.unique(golds).tolist())
-    return {name: float(score) for name, score in set_scores(counts).items()}
-
-
-def class_f1(golds: np.ndarray, predictions: np.ndarray) -> dict[int, float]:
-    """F1 of every class that occurs among the gold answers `[N]`."""
-    classes = np.unique(golds).tolist()
-    return dict(zip(classes, class_scores(confusion_matrix(golds, predictions, classes))[2].tolist(), strict=True))
-
-
-def sentiment_metrics(golds: np.ndarray, predictions: np.ndarray) -> dict[str, float]:
-    """`sentiment_scores` of one set `[N]` of sentiment positions 0 (highly negative) to 6."""
-    return {name: float(score) for name, score in sentiment_scores(confusion_matrix(golds, predictions, range(7))).items()}
-
-
-def emotion_accuracy(golds: np.ndarray, predictions: np.ndarray) -> dict[int, float]:
-    """`emotion_scores` of one set `[N]`, of every class that occurs among the gold answers."""
-    classes = np.unique(golds).tolist()
-    return dict(zip(classes, emotion_scores(confusion_matrix(golds, predictions, classes)).tolist(), strict=True))
-
-
 def gold_index(scheme: LabelScheme, dataset: str, text: str, *, any_domain: bool = False) -> int:
     """Global class index of a gold answer.
 
@@ -198,15 +175,6 @@ def headline(scheme: LabelScheme, dataset: str, *, judged: bool) -> str:
     """The metric that a dataset is scored by: the benchmark's own, or for free-form answers that no judge has seen, exact `accuracy`."""
     metric = scheme.dataset(dataset).metric
     return "accuracy" if metric == "judge_accuracy" and not judged else metric
-
-
-def benchmark_scores(scheme: LabelScheme, metrics: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-    """Score of every benchmark task that has datasets in `metrics` (from `dataset_metrics`): the unweighted mean of their `headline`."""
-    scores: dict[str, list[float]] = {}
-    for name, values in metrics.items():
-        metric = headline(scheme, name, judged="judge_accuracy" in values)
-        scores.setdefault(scheme.dataset(name).benchmark, []).append(values[metric])
-    return {task: float(np.mean(values)) for task, values in sorted(scores.items())}
 
 
 @dataclasses.dataclass(frozen=True)

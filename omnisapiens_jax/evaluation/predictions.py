@@ -16,7 +16,6 @@ from typing import Any, Literal, get_args
 
 from omnisapiens_jax.atlas.labels import HBA, LabelScheme
 from omnisapiens_jax.evaluation.answers import Answer, extract_answer, load_answers
-from omnisapiens_jax.evaluation.metrics import NO_LABEL
 
 Form = Literal["classes", "texts", "qa"]
 FORMS = get_args(Form)
@@ -74,12 +73,6 @@ def write_predictions(path: Path, answers: Sequence[Answer], form: Form, scheme:
     draft.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
     draft.replace(path)
     return len(answers) - len(kept)
-
-
-def no_labels(answers: Sequence[Answer], scheme: LabelScheme = HBA) -> Counter[str]:
-    """How many predictions of each classification dataset are no label of its domain."""
-    cls = [answer for answer in answers if scheme.dataset(answer.dataset).domain is not None]
-    return Counter(answer.dataset for answer in cls if scheme.prediction(answer.dataset, answer.prediction) == NO_LABEL)
 
 
 def _from_columns(content: dict[str, Any], scheme: LabelScheme) -> list[Answer]:

@@ -21,7 +21,8 @@ from omnisapiens_jax.atlas.faults import Policy
 from omnisapiens_jax.atlas.labels import SCHEMES
 from omnisapiens_jax.atlas.plan import Index, Mode, PlanConfig
 from omnisapiens_jax.atlas.recipe import Target, lower_answer, target_text
-from omnisapiens_jax.evaluation.answers import Answer, accuracy, evaluations, load_answers
+from omnisapiens_jax.atlas.schema import task_kind
+from omnisapiens_jax.evaluation.answers import Answer, accuracy, evaluations, load_answers, save_answers
 from omnisapiens_jax.evaluation.classify import Predict, by_heads
 from omnisapiens_jax.evaluation.compare import compare, open_run
 from omnisapiens_jax.evaluation.comparison import write_comparison
@@ -45,6 +46,7 @@ from omnisapiens_jax.training.state import (
     create_state,
     make_optimizer,
     make_thinker,
+    open_weights,
     parameters,
     thinker_config,
     trainable_filter,
@@ -62,6 +64,11 @@ class Lesson:
     objective: Objective
     target: Target | None
     kind: str | None
+
+    @property
+    def by_heads(self) -> bool:
+        """Whether heads answer; otherwise the language model does."""
+        return self.objective is not ANSWERS
 
     def rows(self, rows: Rows | None = None) -> Rows | None:
         """Those of `rows` that are taught."""
@@ -133,21 +140,22 @@ class Run:
             shuffle=False,
             rows=lesson.rows(),
             transcripts=transcripts,
-            packs=bool(self.config.model.heads),
+            packs=lesson.by_heads,
         )
 
-    def evaluate(self, name: str, state: TrainState, split: Split, without: str = "") -> list[Answer]:
-        """What heads say of the held-out split, or greedy answers to it, one modality taken out or none.
+    def evaluate(self, name: str, state: TrainState, split: Split, lesson: Lesson = RESPONSES, without: str = "") -> list[Answer]:
+        """What heads say of the rows that a lesson is for, or greedy answers to them, one modality taken out or none.
 
         Kept in `evaluation-NAME.json`, and made only once. A run that was killed meanwhile goes on with the first batch that it lacks.
         """
         path = self.workdir / f"evaluation-{name}.json"
         if not path.exists():
-            source = split.source
-            if self.config.model.heads:
-                ask, view, how = by_heads(self.predict, source, self.atlas.scheme), parameters(state), "heads"
+            source, params = split.source, parameters(state)
+            if lesson.by_heads:
+                ask, view, how = by_heads(self.predict, source, self.atlas.scheme), params, "heads"
             else:
-                ask, view = greedy(self.greedy, source, self.atlas.tokenizer), self.greedy.view(parameters(state))
+                thinker = params["thinker"] if self.config.model.heads else params
+                ask, view = greedy(self.greedy, source, self.atlas.tokenizer), self.greedy.view(thinker)
                 how = repr(self.greedy.sampling)
             with Bar(f"evaluating {name}", total=split.steps_per_epoch) as bar:
                 answers = answer_all(ask, view, split.pipeline, source, self.mesh, path, how=how, without=without, progress=bar.reach)
@@ -158,16 +166,17 @@ class Run:
         console.print(f"held-out accuracy {name}: {accuracy(answers):.3f} on {len(answers)} samples{bad}")
         return answers
 
-    def ablations(self, name: str, state: TrainState, held_out: Split) -> None:
+    def ablations(self, name: str, state: TrainState, held_out: Split, lesson: Lesson = RESPONSES) -> None:
         """Evaluates once more without each of the modalities that are to be blanked."""
         for modality in self.config.blanked:
-            split = self.held_out(transcripts=False) if modality == "text" else held_out
-            self.evaluate(f"{name}-without-{modality}", state, split, modality)
+            split = self.held_out(lesson, transcripts=False) if modality == "text" else held_out
+            self.evaluate(f"{name}-without-{modality}", state, split, lesson, modality)
 
     def compare(self) -> None:
         """Writes `comparison.html`, with the tables of the evaluation and of what it becomes without a modality."""
         if jax.process_index() == 0:
-            found = compare([open_run(f"{name}={path}") for name, path in evaluations(self.workdir).items()])
+            scheme = self.atlas.scheme
+            found = compare([open_run(f"{name}={path}", scheme) for name, path in evaluations(self.workdir).items()], scheme=scheme)
             path = write_comparison(self.workdir, found, source=self.atlas.source(self.config.atlas.test))
             console.print(f"The tables are in {path.absolute()}, and as .md and .json beside it", soft_wrap=True)
 
@@ -188,7 +197,7 @@ def run(config: ml_collections.ConfigDict, workdir: Path) -> None:
     Raises:
       ValueError: a setting is none of those there are, or `workdir` holds a run of another config.
     """
-    mesh, config = make_mesh(**config.mesh), defaults.with_compat(config)
+    mesh, config = make_mesh(**config.mesh), of_checkpoint(defaults.with_compat(config))
     check(config, mesh)
     if jax.process_index() == 0:
         claim(workdir, config)
@@ -230,14 +239,27 @@ def _supervised(run: Run, state: TrainState, *, lesson: Lesson) -> None:
     held_out = run.held_out(lesson)  # before the long work: a row that cannot be used is told now
     if job == "sft" and run.config.sft.labels == "raters":
         lesson = RATERS
-    run.evaluate(job, run.fit(run.config[job], job, state, lesson), held_out)
+    run.evaluate(job, run.fit(run.config[job], job, state, lesson), held_out, lesson)
     run.report()
 
 
 def _evaluate(run: Run, state: TrainState) -> None:
-    held_out = run.held_out()
-    run.evaluate("checkpoint", state, held_out)
-    run.ablations("checkpoint", state, held_out)
+    """Heads answer the rows that have a label, the language model all others; without heads it answers all of them."""
+    lessons = [RESPONSES]
+    if run.config.model.heads:
+        index = run.held_out().pipeline.planner.index
+        kinds = {task_kind(index.task_names[task]) for task in np.unique(index.tasks)}
+        lessons = [lesson for lesson in (LABELS, FREE_FORM) if lesson.kind in kinds]
+    parts = [run if len(lessons) == 1 else dataclasses.replace(run, workdir=run.workdir / str(lesson.kind)) for lesson in lessons]
+    for part, lesson in zip(parts, lessons, strict=True):
+        held_out = part.held_out(lesson)
+        part.evaluate("checkpoint", state, held_out, lesson)
+        part.ablations("checkpoint", state, held_out, lesson)
+    if len(parts) > 1 and jax.process_index() == 0:
+        for path in evaluations(parts[0].workdir).values():
+            if not (joined := run.workdir / path.name).exists():  # it may have been judged since
+                answers = [answer for part in parts for answer in load_answers(part.workdir / path.name)]
+                save_answers(joined, sorted(answers, key=lambda answer: answer.id))
     run.compare()
 
 
@@ -253,6 +275,28 @@ JOBS: dict[str, Callable[[Run, TrainState], None]] = {
     "evaluate": _evaluate,
 }
 STAGES = ("warm_start", *_LESSONS, "rl")
+
+
+def of_checkpoint(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """A config whose evaluation has the heads and LoRA factors of its checkpoint, and the prompts that go with them; any other as it is.
+
+    Raises:
+      ValueError: there is no checkpoint to evaluate.
+      ConversionError: it is none.
+    """
+    if config.job != "evaluate":
+        return config
+    if not config.model.weights:
+        raise ValueError("config.model.weights is empty: name the checkpoint to evaluate, such as the stage runs/rl/rl of a run")
+    config, source = config.copy_and_resolve_references(), open_weights(config.model.weights)
+    config.model.heads = source.part_shapes.heads
+    if source.lora:
+        lora, made = config.model.lora, source.lora.config
+        lora.rank, lora.alpha, lora.stabilised = made.rank, float(made.alpha), made.stabilised
+        lora.targets.update({tower: made.targets.get(tower, ()) for tower in lora.targets})
+    if not config.processing.format_prompt:
+        config.processing.format_prompt = "none" if config.model.heads else "think"
+    return config
 
 
 def check(config: ml_collections.ConfigDict, mesh: Mesh) -> None:
@@ -302,16 +346,15 @@ def check(config: ml_collections.ConfigDict, mesh: Mesh) -> None:
                 f"config.{name} {rows} does not divide over the {updates} updates it is cut into and, in each, the {ways} ways of the mesh "
                 f"(data x fsdp) or the {parts} micro-batches: make it a multiple of {updates * math.lcm(ways, parts)}"
             )
-    if config.job == "evaluate" and not config.model.weights:
-        raise ValueError("config.model.weights is empty: name the checkpoint to evaluate, such as the stage runs/rl/rl of a run")
     PlanConfig(batch_size=1, **config.atlas.training)
     if config.job == "sft" and config.sft.labels not in ("answers", "raters"):
         raise ValueError(f"unknown config.sft.labels {config.sft.labels!r}; known: answers, raters")
     trainable_filter(config.model)
     labels = tuple(len(domain.labels) for domain in SCHEMES[config.atlas.scheme].domains)
-    heads = labels if config.job in ("sft", "bam") else ()
+    heads = labels if config.job in ("sft", "bam") or (config.job == "evaluate" and config.model.heads) else ()
     if tuple(config.model.heads) != heads:
-        raise ValueError(f"config.model.heads {tuple(config.model.heads)} must be {heads} in a run of the job {config.job}")
+        where = f"a run of the job {config.job} with config.atlas.scheme {config.atlas.scheme}"
+        raise ValueError(f"config.model.heads {tuple(config.model.heads)} must be {heads} in {where}")
     if (config.model.trains == "lm_head") != (config.job == "qa"):
         raise ValueError(f"config.model.trains {config.model.trains}: the job qa trains the lm_head, and no other does")
     if config.job == "qa" and not config.model.weights:

@@ -15,9 +15,8 @@ from omnisapiens_jax.evaluation.__main__ import main
 from omnisapiens_jax.evaluation.answers import Answer, load_answers, save_answers
 from omnisapiens_jax.evaluation.compare import UNKNOWN, Run, compare, open_run, read_columns
 from omnisapiens_jax.evaluation.comparison import markdown, write_comparison
-from omnisapiens_jax.evaluation.metrics import set_metrics
 from omnisapiens_jax.resources import resource
-from tests.evaluation.test_metrics import EMOTION, PTSD, SARCASM, SENTI
+from tests.evaluation.test_metrics import EMOTION, PTSD, SARCASM, SENTI, set_metrics
 from tests.evaluation.test_report import HOSTILE, Page
 
 GOLDEN = {"mosei_senti": SENTI, "meld_emotion": EMOTION, "ptsd_in_the_wild": PTSD, "mmsd": SARCASM}
@@ -215,6 +214,23 @@ def test_the_command_line_compares_saved_files(tmp_path: Path, capsys: pytest.Ca
     assert set(plain["groups"]) == {"modality_signature", "task"}
     assert "data:video/mp4;base64," in (out / "comparison.html").read_text()
     assert "comparison.html" in capsys.readouterr().out
+
+
+def test_runs_on_real_texts_are_compared_by_their_own_scheme(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """No number of the papers stands beside them, whose tasks have the same names."""
+    rows = [Answer(i, "vader_tweets", gold, "positive", "", "text") for i, gold in enumerate(("positive", "neutral", "negative") * 4)]
+    save_answers(tmp_path / "evaluation-sft.json", [*rows, Answer(99, "isarcasm", "sarcasm", "sarcasm", "")])
+    assert main(["compare", f"text={tmp_path}", "--out", str(tmp_path), "--resamples", "20", "--scheme", "real_text"]) == 0
+    plain, text = json.loads((tmp_path / "comparison.json").read_text()), Page(tmp_path / "comparison.html").text
+    assert [(task["name"], task["metric"]) for task in plain["tasks"]] == [
+        ("SEN", "weighted_f1"),
+        ("SAR", "weighted_f1"),
+        ("mean", "mean of the tasks"),
+    ]
+    assert "unverified" not in text + (tmp_path / "comparison.md").read_text() and "not verified" not in text
+    assert main(["export", str(tmp_path), str(tmp_path / "texts.json"), "--as", "classes", "--scheme", "real_text"]) == 0
+    assert json.loads((tmp_path / "texts.json").read_text())["ground_truths"][:3] == [2, 1, 0]
+    assert main(["compare", str(tmp_path)]) == 1 and "unknown dataset 'vader_tweets'" in capsys.readouterr().err
 
 
 def test_the_command_line_judges_and_tells_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

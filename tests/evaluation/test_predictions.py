@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from omnisapiens_jax.evaluation.answers import Answer, save_answers
-from omnisapiens_jax.evaluation.predictions import no_labels, read_predictions, write_predictions
+from omnisapiens_jax.evaluation.predictions import read_predictions, write_predictions
 
 ANSWERS = [
     Answer(0, "mosei_senti", "neutral", "neutral", r"<think>so</think>\boxed{neutral}"),
@@ -30,7 +30,6 @@ def test_heads_numbers(tmp_path: Path) -> None:
     assert content == {"predictions": [3, -1], "ground_truths": [3, 13], "datasets": ["mosei_senti", "cremad"]}
     found = read_predictions(path)
     assert [(row.gold, row.correct) for row in found] == [("neutral", True), ("sad", False)]
-    assert no_labels(found) == {"cremad": 1}
 
 
 def test_a_number_of_another_domain_is_no_label_even_if_its_word_is_one(tmp_path: Path) -> None:

@@ -185,6 +185,13 @@ def test_what_a_run_does_not_have_is_left_out(folder: Path, test_rows: Source, t
     assert "Right 2 held-out samples" in supervised.text and "Wrong 29 held-out samples, 6 shown" in supervised.text
 
 
+def test_a_label_that_a_head_chose_is_shown(folder: Path, test_rows: Source, train_rows: Source) -> None:
+    save_answers(folder / "evaluation-sft.json", answers(test_rows, {0}, text=""))
+    curves = {"sft": [{"step": 0, "loss": 1.0, "time/seconds": 1.0}]}
+    text = Page(write_report(folder, curves, test=test_rows, train=train_rows)).text
+    assert "✗ answer nonsense" in text and "(empty)" not in text and "nats a sample" in text
+
+
 def test_media_that_cannot_be_embedded_are_named(folder: Path, test_rows: Source, train_rows: Source) -> None:
     class Changed:
         def __len__(self) -> int:

@@ -97,7 +97,7 @@ def test_a_checkpoint_is_evaluated_over_eight_devices_as_on_one(tmp_path: Path, 
     without = load_answers(tmp_path / "eight" / "evaluation-checkpoint-without-text.json")
     assert [row.text for row in without] != [row.text for row in eight]
 
-    single = world.config("evaluate", **changes)
+    single = jobs.of_checkpoint(world.config("evaluate", **changes))
     made = world.World(single, world.mesh_of((1, 1, 1)), *create_state(single.model, single.seed, world.mesh_of((1, 1, 1))))
     with on_mesh(made.mesh):
         one = made.run(tmp_path).evaluate("one", made.state, made.run(tmp_path).held_out())

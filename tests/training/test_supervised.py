@@ -21,7 +21,7 @@ from omnisapiens_jax.convert.huggingface import write_thinker
 from omnisapiens_jax.convert.kinds import open_source
 from omnisapiens_jax.convert.source import Source
 from omnisapiens_jax.convert.unfinished import whole_or_nothing
-from omnisapiens_jax.evaluation.evaluate import Answer
+from omnisapiens_jax.evaluation.answers import Answer, load_answers, save_answers
 from omnisapiens_jax.parallel.mesh import on_mesh
 from omnisapiens_jax.processing.tensors import ConversionError
 from omnisapiens_jax.resources import resource
@@ -52,7 +52,7 @@ def trained(folder: Path, job: str, **changes: Any) -> tuple[world.World, TrainS
     with on_mesh(here.mesh):
         run = here.run(folder)
         state = run.fit(made[job], job, jax.tree.map(jnp.copy, here.state), lesson)
-        return here, state, run.evaluate(job, state, run.held_out(lesson))
+        return here, state, run.evaluate(job, state, run.held_out(lesson), lesson)
 
 
 @pytest.fixture(scope="module")
@@ -191,3 +191,28 @@ def test_rows_that_no_head_can_learn_are_counted_or_stop_the_run(tmp_path: Path)
     told = r"3 samples cannot be used(.|\n)*unknown label 'sarcasm' of dataset 'mmpsy_anxiety'; its labels are: no anxiety, anxiety"
     with pytest.raises(BadSamples, match=told):
         Atlas(made, tiny.TINY).split("train", batch_size=2, target=None, shuffle=False)
+
+
+def test_a_checkpoint_with_heads_is_evaluated_by_them_and_its_language_model(second: Any, first: Any, tmp_path: Path) -> None:
+    """Labels as stage 1 found them itself, free-form answers as stage 2 gave them, in one file."""
+    changes = {"model__weights": str(second[0] / "qa"), "generation__max_tokens": 4, "blanked": ("text",)}
+    config = jobs.of_checkpoint(world.config("evaluate", **changes))
+    assert config.model.heads == (7, 8, 2, 2, 2, 2, 2) and config.model.lora.rank == 2 and config.processing.format_prompt == "none"
+    here = world.world(config)
+    jobs.check(config, here.mesh)
+    with on_mesh(here.mesh):
+        jobs._evaluate(here.run(tmp_path), here.state)
+    found = load_answers(tmp_path / "evaluation-checkpoint.json")
+    wanted = sorted([*first[-1], *second[-1]], key=lambda answer: answer.id)
+    assert [(row.id, row.prediction, row.text) for row in found] == [(row.id, row.prediction, row.text) for row in wanted]
+    plain = json.loads((tmp_path / "comparison.json").read_text())
+    assert list(plain["runs"]) == ["checkpoint", "checkpoint-without-text"] and plain["samples"] == len(wanted)
+    without = load_answers(tmp_path / "evaluation-checkpoint-without-text.json")
+    assert [row.probabilities for row in without] != [row.probabilities for row in found]
+
+    # Judged in place, and then run again.
+    judged = [dataclasses.replace(row, explanation="seen") for row in found]
+    save_answers(tmp_path / "evaluation-checkpoint.json", judged)
+    with on_mesh(here.mesh):
+        jobs._evaluate(here.run(tmp_path), here.state)
+    assert load_answers(tmp_path / "evaluation-checkpoint.json") == judged
