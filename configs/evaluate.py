@@ -9,4 +9,5 @@ def get_config(size: str = "mini") -> ConfigDict:
     config = defaults.base(size)
     config.job = "evaluate"
     config.model.lora.rank = 0  # of a checkpoint that keeps its factors apart: those that it has
+    config.model.heads = ()  # answers are generated; defaults.HEADS: read off the heads of the checkpoint
     return config

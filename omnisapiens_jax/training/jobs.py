@@ -27,7 +27,7 @@ from omnisapiens_jax.evaluation.compare import compare, open_run
 from omnisapiens_jax.evaluation.comparison import write_comparison
 from omnisapiens_jax.evaluation.evaluate import MODALITIES, answer_all, greedy
 from omnisapiens_jax.evaluation.report import write_report
-from omnisapiens_jax.generation.sampling import Generator, Sampling
+from omnisapiens_jax.generation.sampling import Generator
 from omnisapiens_jax.models.classifier import class_probabilities
 from omnisapiens_jax.models.layers import Remat
 from omnisapiens_jax.parallel.mesh import make_mesh, on_mesh
@@ -43,8 +43,10 @@ from omnisapiens_jax.training.losses import ANSWERS, CLASSES, SHARES, Objective
 from omnisapiens_jax.training.state import (
     TrainState,
     create_state,
+    make_generator,
     make_optimizer,
     make_thinker,
+    open_weights,
     parameters,
     thinker_config,
     trainable_filter,
@@ -102,17 +104,8 @@ class Run:
 
     def generator(self, rollouts: int, temperature: float) -> Generator:
         """A sampler for this run's thinker."""
-        generation, model = self.config.generation, thinker_config(self.config.model)
-        sampling = Sampling(
-            rollouts=rollouts,
-            max_tokens=generation.max_tokens,
-            temperature=temperature,
-            eos=(model.tokens.im_end, model.tokens.pad),
-            pad=model.tokens.pad,
-            chunk=generation.chunk,
-        )
         thinker = nnx.eval_shape(lambda: make_thinker(self.config.model, self.config.seed))
-        return Generator(thinker, sampling, unroll=generation.unroll)
+        return make_generator(self.config.generation, thinker, rollouts=rollouts, temperature=temperature)
 
     @functools.cached_property
     def greedy(self) -> Generator:
@@ -158,10 +151,10 @@ class Run:
         console.print(f"held-out accuracy {name}: {accuracy(answers):.3f} on {len(answers)} samples{bad}")
         return answers
 
-    def ablations(self, name: str, state: TrainState, held_out: Split) -> None:
+    def ablations(self, name: str, state: TrainState, held_out: Split, lesson: Lesson = RESPONSES) -> None:
         """Evaluates once more without each of the modalities that are to be blanked."""
         for modality in self.config.blanked:
-            split = self.held_out(transcripts=False) if modality == "text" else held_out
+            split = self.held_out(lesson, transcripts=False) if modality == "text" else held_out
             self.evaluate(f"{name}-without-{modality}", state, split, modality)
 
     def compare(self) -> None:
@@ -228,16 +221,18 @@ def _rl(run: Run, state: TrainState) -> None:
 def _supervised(run: Run, state: TrainState, *, lesson: Lesson) -> None:
     job = run.config.job
     held_out = run.held_out(lesson)  # before the long work: a row that cannot be used is told now
-    if job == "sft" and run.config.sft.labels == "raters":
-        lesson = RATERS
-    run.evaluate(job, run.fit(run.config[job], job, state, lesson), held_out)
+    taught = RATERS if job == "sft" and run.config.sft.labels == "raters" else lesson
+    state = run.fit(run.config[job], job, state, taught)
+    run.evaluate(job, state, held_out)
+    run.ablations(job, state, held_out, lesson)
     run.report()
 
 
 def _evaluate(run: Run, state: TrainState) -> None:
-    held_out = run.held_out()
+    lesson = LABELS if run.config.model.heads else RESPONSES
+    held_out = run.held_out(lesson)
     run.evaluate("checkpoint", state, held_out)
-    run.ablations("checkpoint", state, held_out)
+    run.ablations("checkpoint", state, held_out, lesson)
     run.compare()
 
 
@@ -309,9 +304,14 @@ def check(config: ml_collections.ConfigDict, mesh: Mesh) -> None:
         raise ValueError(f"unknown config.sft.labels {config.sft.labels!r}; known: answers, raters")
     trainable_filter(config.model)
     labels = tuple(len(domain.labels) for domain in SCHEMES[config.atlas.scheme].domains)
-    heads = labels if config.job in ("sft", "bam") else ()
-    if tuple(config.model.heads) != heads:
-        raise ValueError(f"config.model.heads {tuple(config.model.heads)} must be {heads} in a run of the job {config.job}")
+    heads = {"sft": [labels], "bam": [labels], "evaluate": [(), labels]}.get(config.job, [()])
+    if tuple(config.model.heads) not in heads:
+        known = " or ".join(map(str, heads))
+        raise ValueError(f"config.model.heads {tuple(config.model.heads)} must be {known} in a run of the job {config.job}")
+    if config.job == "evaluate" and config.model.heads and not open_weights(config.model.weights).part_shapes.heads:
+        raise ValueError(f"{config.model.weights} has no heads: its answers can be generated, with config.model.heads=()")
+    if config.job == "bam" and config.blanked:
+        raise ValueError("config.blanked is not for bam, whose answers are compared without descriptors and with another sample's")
     if (config.model.trains == "lm_head") != (config.job == "qa"):
         raise ValueError(f"config.model.trains {config.model.trains}: the job qa trains the lm_head, and no other does")
     if config.job == "qa" and not config.model.weights:

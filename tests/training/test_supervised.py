@@ -21,7 +21,7 @@ from omnisapiens_jax.convert.huggingface import write_thinker
 from omnisapiens_jax.convert.kinds import open_source
 from omnisapiens_jax.convert.source import Source
 from omnisapiens_jax.convert.unfinished import whole_or_nothing
-from omnisapiens_jax.evaluation.evaluate import Answer
+from omnisapiens_jax.evaluation.answers import Answer, load_answers
 from omnisapiens_jax.parallel.mesh import on_mesh
 from omnisapiens_jax.processing.tensors import ConversionError
 from omnisapiens_jax.resources import resource
@@ -122,6 +122,19 @@ def test_a_stage_of_heads_is_a_checkpoint(first: tuple[Path, Any, TrainState, An
     assert (tmp_path / "released" / "heads.bin").is_file() and released.parts.keys() == source.parts.keys()
     for name, tensor in source.parts.items():
         np.testing.assert_array_equal(released.parts[name].read(), tensor.read(), strict=True)
+
+
+def test_heads_of_a_checkpoint_are_evaluated_as_they_were(first: tuple[Path, Any, Any, list[Answer]], theirs: Path, tmp_path: Path) -> None:
+    """By `evaluate` if it is told to read them; words blanked, they say something else; weights without heads are refused."""
+    heads = tuple(len(domain.labels) for domain in HBA.domains)
+    changes = {"model__heads": heads, "blanked": ("text",), **LORA}
+    jobs.run(world.config("evaluate", model__weights=str(first[0] / "sft"), **changes), tmp_path)
+    found, blanked = (load_answers(tmp_path / f"evaluation-{name}.json") for name in ("checkpoint", "checkpoint-without-text"))
+    assert [(a.id, a.prediction) for a in found] == [(a.id, a.prediction) for a in first[3]]
+    assert [a.id for a in blanked] == [a.id for a in found]
+    assert [a.probabilities for a in blanked] != [a.probabilities for a in found]
+    with pytest.raises(ValueError, match="has no heads: its answers can be generated"):
+        jobs.run(world.config("evaluate", model__weights=str(theirs), **changes), tmp_path / "other")
 
 
 def test_heads_go_on_from_those_of_the_weights(first: tuple[Path, Any, TrainState, Any]) -> None:
