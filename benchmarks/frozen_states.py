@@ -22,11 +22,11 @@ from rich.console import Console
 from rich.table import Table
 
 from omnisapiens_jax.models.bam import MODALITIES
-from omnisapiens_jax.parallel.mesh import make_mesh, on_mesh
+from omnisapiens_jax.parallel.mesh import make_mesh, on_mesh, put_batch
 from omnisapiens_jax.resources import resource
 from omnisapiens_jax.training import bam
 from omnisapiens_jax.training.adapt import Adapting, gather, make_learner
-from omnisapiens_jax.training.bam import Feed, Group
+from omnisapiens_jax.training.bam import Feed, Fixed, Group
 from omnisapiens_jax.training.data import Atlas
 from omnisapiens_jax.training.state import TrainState, create_state, fresh_optimizer, parameters, thinker_config
 
@@ -34,12 +34,12 @@ BAR = 20.0  # times as fast
 TOLERANCE = 1e-5  # relative: rows are encoded in batches of other lengths
 
 
-def epochs(run: Adapting, group: Group, cached: Feed, kind: str, rounds: int) -> dict[str, tuple[list[float], list[float]]]:
+def epochs(run: Adapting, group: Group, fixed: Fixed, cached: Feed, kind: str, rounds: int) -> dict[str, tuple[list[float], list[float]]]:
     """Seconds of each epoch and the losses of all steps, `cached` and `computed`."""
     feeds = {"cached": cached, "computed": dataclasses.replace(cached, states=None)}
     learner = make_learner(run, group, cached, ["video"])
     graph, trained, rest = nnx.split(learner, bam.trainable("adapters+heads"), ...)
-    optimizer, fixed = bam.make_optimizer(run.settings, double_step=False), cached.fixed
+    optimizer = bam.make_optimizer(run.settings, double_step=False)
     how = (0, 1, tuple(run.settings.drop[modality] for modality in MODALITIES))
     step = functools.partial(bam.step, (fixed.site, graph, fixed.graph), group.task, optimizer, how)
     states = {}
@@ -51,8 +51,8 @@ def epochs(run: Adapting, group: Group, cached: Feed, kind: str, rounds: int) ->
     for number in range(rounds + 1):
         for name, feed in feeds.items():
             begun, losses = time.perf_counter(), []
-            for _, _, batch in feed.batches(number * length, (number + 1) * length):
-                states[name], metrics = step(states[name], fixed.params, batch)
+            for _, batch in feed.batches(number * length, (number + 1) * length):
+                states[name], metrics = step(states[name], fixed.params, put_batch(batch, run.mesh))
                 losses.append(metrics["loss"])
             jax.block_until_ready(losses)
             found[name][1].extend(map(float, losses))
@@ -85,8 +85,9 @@ def main() -> None:
             graph, state = create_state(config.model, config.seed, mesh)
             atlas = Atlas(config, thinker_config(config.model))
             run = Adapting(config, Path(folder), mesh, atlas, graph, parameters(state))
-            feed = gather(run, group.task, group.datasets).encoded().feed(config.atlas.train, group.datasets, train=True)
-            found = epochs(run, group, feed, kind, arguments.rounds)
+            material = gather(run, group.task, group.datasets).encoded()
+            feed = material.feed(config.atlas.train, group.datasets, train=True)
+            found = epochs(run, group, material.fixed, feed, kind, arguments.rounds)
         cached, computed = (float(np.median(found[name][0])) for name in ("cached", "computed"))
         both = [np.asarray(found[name][1]) for name in ("cached", "computed")]
         apart = float(np.max(np.abs(both[0] - both[1]) / np.abs(both[1])))

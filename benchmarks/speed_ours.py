@@ -14,22 +14,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import speed_child as shared
 from flax import nnx
 from ml_collections import ConfigDict
-from speed_child import (
-    CLIP,
-    HEADS_ALPHA,
-    HEADS_RANK,
-    LABELS,
-    LEARNING_RATE,
-    LORA_ALPHA,
-    LORA_RANK,
-    WEIGHT_DECAY,
-    Case,
-    factors,
-    heads,
-    serve,
-)
+from speed_child import Case
 
 from omnisapiens_jax import defaults
 from omnisapiens_jax.convert.checkpoint import put_params
@@ -48,7 +36,7 @@ from omnisapiens_jax.training.state import TrainState, make_optimizer
 def main(folder: Path) -> None:
     """Serves the cases."""
     tasks = {"prefill": prefill, "train": train, "heads": classify, "decode": decode}
-    serve(lambda case: tasks[case.task](folder, case))
+    shared.serve(lambda case: tasks[case.task](folder, case))
 
 
 def prefill(folder: Path, case: Case) -> Callable[[], np.ndarray]:
@@ -79,17 +67,17 @@ def decode(folder: Path, case: Case) -> Callable[[], np.ndarray]:
 
 def train(folder: Path, case: Case) -> Callable[[], np.ndarray]:
     """One update of the LoRA factors on the cross-entropy of every token; gives the loss."""
-    thinker = load(folder, LoraConfig(LORA_RANK, LORA_ALPHA, {"decoder": LORA_TARGETS["decoder"]}))
-    optim = defaults.optimizer(lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, clip=CLIP)
+    thinker = load(folder, LoraConfig(shared.LORA_RANK, shared.LORA_ALPHA, {"decoder": LORA_TARGETS["decoder"]}))
+    optim = defaults.optimizer(lr=shared.LEARNING_RATE, weight_decay=shared.WEIGHT_DECAY, clip=shared.CLIP)
     return steps(thinker, LoraParam, optim, text_batch(thinker, case), ANSWERS)
 
 
 def classify(folder: Path, case: Case) -> Callable[[], np.ndarray]:
     """One update of the LoRA factors and the heads on the cross-entropy of every row's class; gives the loss."""
-    thinker = load(folder, LoraConfig(HEADS_RANK, HEADS_ALPHA, {"decoder": LORA_TARGETS["decoder"]}))
-    classifier = Classifier(thinker, LABELS, rngs=nnx.Rngs(0))
-    classifier.heads.affine.kernel.set_value(jnp.asarray(heads(folder).T))
-    optim = defaults.optimizer(lr=LEARNING_RATE, weight_decay=0.0, clip=0.0)
+    thinker = load(folder, LoraConfig(shared.HEADS_RANK, shared.HEADS_ALPHA, {"decoder": LORA_TARGETS["decoder"]}))
+    classifier = Classifier(thinker, shared.LABELS, rngs=nnx.Rngs(0))
+    classifier.heads.affine.kernel.set_value(jnp.asarray(shared.heads(folder).T))
+    optim = defaults.optimizer(lr=shared.LEARNING_RATE, weight_decay=0.0, clip=0.0)
     batch = text_batch(thinker, case) | dict(zip(("domain", "label"), map(jnp.asarray, case.classes()), strict=True))
     return steps(classifier, nnx.Any(LoraParam, nnx.PathContains("heads")), optim, batch, CLASSES)
 
@@ -116,7 +104,7 @@ def load(folder: Path, lora: LoraConfig | None = None) -> Thinker:
     source = open_huggingface(folder)
     thinker = nnx.eval_shape(lambda: Thinker(source.config, rngs=nnx.Rngs(0), lora=lora))
     put_params(thinker, read_params(source))
-    given = factors(folder, lora.rank) if lora else {}
+    given = shared.factors(folder, lora.rank) if lora else {}
     for path, variable in nnx.to_flat_state(nnx.state(thinker, LoraParam)):
         first = given[str(path[-2])] if path[-1] == "lora_a" else np.zeros(variable.shape, np.float32)
         variable.set_value(jnp.asarray(first))

@@ -12,22 +12,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import speed_child as shared
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from speed_child import (
-    CLIP,
-    HEADS_ALPHA,
-    HEADS_RANK,
-    LABELS,
-    LEARNING_RATE,
-    LORA_ALPHA,
-    LORA_RANK,
-    WEIGHT_DECAY,
-    Case,
-    factors,
-    heads,
-    serve,
-)
+from speed_child import Case
 from transformers import Qwen2_5OmniThinkerForConditionalGeneration
 from transformers.cache_utils import DynamicCache
 
@@ -43,7 +31,7 @@ def main(folder: Path) -> None:
         return Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(folder, attn_implementation="sdpa", dtype=torch.float32)
 
     tasks = {"prefill": prefill, "train": train, "heads": classify, "decode": decode}
-    serve(lambda case: tasks[case.task](load, case, folder))
+    shared.serve(lambda case: tasks[case.task](load, case, folder))
 
 
 def prefill(load: Callable, case: Case, folder: Path) -> Callable[[], np.ndarray]:
@@ -78,15 +66,15 @@ def decode(load: Callable, case: Case, folder: Path) -> Callable[[], np.ndarray]
 
 def train(load: Callable, case: Case, folder: Path) -> Callable[[], np.ndarray]:
     """One update of the LoRA factors on the cross-entropy of every token; gives the loss."""
-    model, ids = adapted(load(), folder, LORA_RANK, LORA_ALPHA), torch.from_numpy(case.ids()).long()
+    model, ids = adapted(load(), folder, shared.LORA_RANK, shared.LORA_ALPHA), torch.from_numpy(case.ids()).long()
     trained = [value for value in model.parameters() if value.requires_grad]
-    adamw = torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, fused=True)
+    adamw = torch.optim.AdamW(trained, lr=shared.LEARNING_RATE, weight_decay=shared.WEIGHT_DECAY, fused=True)
 
     def run() -> np.ndarray:
         adamw.zero_grad(set_to_none=True)
         loss = model(input_ids=ids, labels=ids, use_cache=False).loss
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, CLIP)
+        torch.nn.utils.clip_grad_norm_(trained, shared.CLIP)
         adamw.step()
         return loss.detach().numpy()
 
@@ -95,25 +83,25 @@ def train(load: Callable, case: Case, folder: Path) -> Callable[[], np.ndarray]:
 
 def classify(load: Callable, case: Case, folder: Path) -> Callable[[], np.ndarray]:
     """One update of the LoRA factors and the heads on the cross-entropy of every row's class; gives the loss."""
-    model, ids = adapted(load(), folder, HEADS_RANK, HEADS_ALPHA), torch.from_numpy(case.ids()).long()
-    weights = torch.from_numpy(heads(folder)).split(LABELS)
+    model, ids = adapted(load(), folder, shared.HEADS_RANK, shared.HEADS_ALPHA), torch.from_numpy(case.ids()).long()
+    weights = torch.from_numpy(shared.heads(folder)).split(shared.LABELS)
     affine = torch.nn.ModuleList(torch.nn.Linear(weight.shape[1], len(weight)) for weight in weights)
     for head, weight in zip(affine, weights, strict=True):
         head.weight.data, head.bias.data = weight.clone(), torch.zeros(len(weight))
     decoder, mask = model.base_model.model.model.language_model, torch.ones(ids.shape)  # below the LM head
     domains, labels = (torch.from_numpy(array).long() for array in case.classes())
-    first = [sum(LABELS[:domain]) for domain in range(len(LABELS))]
+    first = [sum(shared.LABELS[:domain]) for domain in range(len(shared.LABELS))]
     adam = torch.optim.Adam(
-        [value for value in (*model.parameters(), *affine.parameters()) if value.requires_grad], lr=LEARNING_RATE, fused=True
+        [value for value in (*model.parameters(), *affine.parameters()) if value.requires_grad], lr=shared.LEARNING_RATE, fused=True
     )
 
     def run() -> np.ndarray:
         adam.zero_grad(set_to_none=True)
         states = decoder(input_ids=ids, use_cache=False, output_hidden_states=True).hidden_states[-2]
         pooled = (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
-        logits = torch.full((len(pooled), sum(LABELS)), torch.finfo(pooled.dtype).min / 2)
+        logits = torch.full((len(pooled), sum(shared.LABELS)), torch.finfo(pooled.dtype).min / 2)
         for row, domain in enumerate(domains.tolist()):
-            logits[row, first[domain] : first[domain] + LABELS[domain]] = affine[domain](pooled[row])
+            logits[row, first[domain] : first[domain] + shared.LABELS[domain]] = affine[domain](pooled[row])
         loss = torch.nn.functional.cross_entropy(logits, labels)
         loss.backward()
         adam.step()
@@ -126,7 +114,7 @@ def adapted(model: Qwen2_5OmniThinkerForConditionalGeneration, folder: Path, ran
     """The model under LoRA on the decoder's projections; A factors as given, B zero."""
     scope = r"model\.language_model\.layers\.\d+\.(self_attn|mlp)\.(" + "|".join(PROJECTIONS) + ")"
     settings = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=scope)
-    made, given = get_peft_model(model, settings).train(), factors(folder, rank)
+    made, given = get_peft_model(model, settings).train(), shared.factors(folder, rank)
     for name, value in made.named_parameters():
         if match := re.search(r"layers\.(\d+)\.\w+\.(\w+)\.lora_A", name):
             value.data = torch.from_numpy(given[match[2]][int(match[1])].T.copy())

@@ -22,10 +22,14 @@ COMPAT = {
     "lora_scope": ("named", "suffix"),  # LoRA on whatever ends in the name of a decoder's projection, in the towers too
     "schedule": ("updates", "micro_batches"),  # a schedule that counts micro-batches: a constant rate after 25 updates of warm-up
     "adapter_steps": ("once", "twice"),  # BAM adapters stepped by the optimizer of the heads too, at its rate, before their own
-    "descriptor_padding": (
-        "parts",
-        "trailing",
-    ),  # a clip without a face has 468 points: padded behind everything, not the face
+    "descriptor_padding": ("parts", "trailing"),  # a clip without a face has 468 points: padded behind everything, not the face
+}
+_JOBS = {  # that a switch changes something in, where it is not all of them
+    "qa_prompts": ("qa", "bam"),
+    "labels": ("generative", "rl"),  # the warm start of the latter
+    "schedule": ("sft", "qa"),
+    "adapter_steps": ("bam",),
+    "descriptor_padding": ("bam",),
 }
 SWITCHED = ("feed_media", "system")  # how media are read in that is not in `processing`, because a switch of `compat` says it
 
@@ -97,7 +101,7 @@ def base(size: str) -> ConfigDict:
     config.generation = ConfigDict({"unroll": mini, "chunk": 16, "max_tokens": 24 if mini else 2048})
     config.eval_batch = 64
     config.compat = ConfigDict({name: right for name, (right, _) in COMPAT.items()})
-    config.blanked = ()  # modalities (text, audio, video) without which the final policy is evaluated once more
+    config.blanked = ()  # modalities (text, audio, video) without which what was learnt is evaluated once more
     return config
 
 
@@ -105,21 +109,25 @@ def with_compat(config: ConfigDict) -> ConfigDict:
     """A copy of a run's config in which the switches of `compat` that stand for other settings have changed those.
 
     Raises:
-      ValueError: a switch is not one of `COMPAT`, or wants media not to be fed.
+      ValueError: a switch is not one of `COMPAT`, changes nothing in this run, or wants media not to be fed.
     """
     config = config.copy_and_resolve_references()
     for name, known in COMPAT.items():
         if config.compat[name] not in known:
             raise ValueError(f"unknown config.compat.{name} {config.compat[name]!r}; known: {', '.join(known)}")
+        if config.compat[name] == known[1] and config.job not in _JOBS.get(name, (config.job,)):
+            raise ValueError(
+                f"config.compat.{name} {known[1]} is for the jobs {', '.join(_JOBS[name])}: it changes nothing in {config.job}"
+            )
         if name in ("truncation", "qa_prompts") and config.compat[name] == known[1] and config.compat.media_inputs == "fed":
             raise ValueError(f"config.compat.{name} {known[1]} loses places of media: it needs config.compat.media_inputs=text_only")
     if config.compat.lora_scope == "suffix":
+        if not config.model.lora.rank:
+            raise ValueError("config.compat.lora_scope suffix changes nothing without LoRA: set config.model.lora.rank")
         towers = {"audio": ("q_proj", "k_proj", "v_proj"), "vision": ("gate_proj", "up_proj", "down_proj")}
         config.model.lora.targets.update({"decoder": _DECODER, **towers})
     if config.compat.schedule == "micro_batches":
-        for stage in ("generative", "sft", "qa"):
-            if stage in config:
-                config[stage].optim.update({"schedule": "constant", "warmup": 25})
+        config[config.job].optim.update({"schedule": "constant", "warmup": 25})
     return config
 
 

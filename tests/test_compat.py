@@ -57,8 +57,24 @@ def test_an_unknown_switch_is_told(name: str) -> None:
 def test_what_loses_places_of_media_wants_them_not_to_be_fed(name: str) -> None:
     wrong = {f"compat__{name}": defaults.COMPAT[name][1]}
     with pytest.raises(ValueError, match="it needs config.compat.media_inputs=text_only"):
-        config("sft", "mini", **wrong)
-    config("sft", "mini", compat__media_inputs="text_only", **wrong)
+        config("qa", "mini", **wrong)
+    config("qa", "mini", compat__media_inputs="text_only", **wrong)
+
+
+@pytest.mark.parametrize(
+    ("job", "name", "says"),
+    [
+        ("sft", "qa_prompts", "changes nothing in sft"),
+        ("qa", "labels", "for the jobs generative, rl"),
+        ("generative", "schedule", "for the jobs sft, qa"),
+        ("sft", "adapter_steps", "for the jobs bam"),
+        ("rl", "descriptor_padding", "for the jobs bam"),
+        ("sft", "lora_scope", "set config.model.lora.rank"),
+    ],
+)
+def test_a_switch_that_changes_nothing_is_told(job: str, name: str, says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        config(job, "mini", **{f"compat__{name}": defaults.COMPAT[name][1]})
 
 
 @pytest.mark.parametrize(

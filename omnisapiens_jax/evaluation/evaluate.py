@@ -5,8 +5,9 @@ from __future__ import annotations
 import functools
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from omnisapiens_jax.atlas.pipeline import Pipeline
+from omnisapiens_jax.atlas.plan import Planner
 from omnisapiens_jax.atlas.schema import Sample
 from omnisapiens_jax.atlas.sources import Source
 from omnisapiens_jax.evaluation.answers import Answer, AnswerLog, extract_answer
@@ -32,10 +33,23 @@ Ask = Callable[[nnx.State, dict[str, jax.Array]], list[Answer]]
 """Parameters and a batch on the mesh in, the answers to its samples (of all processes) out."""
 
 
+class Prompts(Protocol):
+    """What is asked, such as `atlas.pipeline.Pipeline`."""
+
+    @property
+    def planner(self) -> Planner:
+        """What is in which batch."""
+        ...
+
+    def batches(self, start: int, stop: int) -> Iterator[tuple[int, dict[str, Any]]]:
+        """This process's rows of the batches `start` to `stop - 1`."""
+        ...
+
+
 def answer_all(
     ask: Ask,
     params: nnx.State,
-    pipeline: Pipeline,
+    pipeline: Prompts,
     source: Source,
     mesh: Mesh,
     path: Path,
@@ -134,7 +148,7 @@ def _answer(sample: Sample, text: str, likelihood: float) -> Answer:
     )
 
 
-def _plan(pipeline: Pipeline, source: Source, how: str, without: str, weights: str) -> str:
+def _plan(pipeline: Prompts, source: Source, how: str, without: str, weights: str) -> str:
     """A digest of all that says what the batches hold and how they are answered."""
     planner = pipeline.planner
     epoch = planner.epoch(0)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ from flax import nnx
 from omnisapiens_jax.models.config import ThinkerConfig
 from omnisapiens_jax.models.decoder import Cache, KeyValue
 from omnisapiens_jax.models.layers import shard
-from omnisapiens_jax.models.thinker import Batch, response_positions
+from omnisapiens_jax.models.thinker import Batch, Prompt, response_positions
 
 Array = TypeVar("Array", jax.Array, np.ndarray)
 Other = TypeVar("Other", jax.Array, np.ndarray)
@@ -64,10 +64,8 @@ class DecodeState(NamedTuple):
     step: jax.Array  # scalar, tokens decoded so far
     hidden: jax.Array  # [G, n, D] states that predict token `step`
     positions: jax.Array  # [G] position of token 0
-    prompt_kv: Cache
-    prompt_segments: jax.Array  # [G, P]
+    prompt: Prompt
     cache: Cache
-    remembered: Any  # what the policy keeps of the prompts besides
     keys: jax.Array  # [G, n] PRNG keys
     done: jax.Array  # [G, n] bool
     responses: Responses[jax.Array]
@@ -92,20 +90,11 @@ class Policy(Protocol):
         """Its shapes."""
         ...
 
-    def prefill(self, batch: Batch) -> tuple[jax.Array, Cache, Any]:
-        """What decoding begins with, the last of it to be handed to every `decode`."""
+    def prefill(self, batch: Batch) -> tuple[jax.Array, Prompt]:
+        """What decoding begins with."""
         ...
 
-    def decode(
-        self,
-        tokens: jax.Array,
-        positions: jax.Array,
-        prompt_kv: Cache,
-        prompt_segments: jax.Array,
-        cache: Cache,
-        step: jax.Array,
-        remembered: Any,
-    ) -> tuple[jax.Array, Cache]:
+    def decode(self, tokens: jax.Array, positions: jax.Array, prompt: Prompt, cache: Cache, step: jax.Array) -> tuple[jax.Array, Cache]:
         """One token."""
         ...
 
@@ -154,10 +143,10 @@ class Generator:
         sampling = self.sampling
         text = thinker.config.text
         groups, rollouts = batch["tokens"].shape[0], sampling.rollouts
-        first, prompt_kv, remembered = thinker.prefill(batch)
+        first, prompt = thinker.prefill(batch)
         shape = (groups * rollouts, sampling.max_tokens, text.num_kv_heads, text.head_dim)
-        if isinstance(prompt_kv, list):
-            cache: Cache = [KeyValue(jnp.zeros(shape, first.dtype), jnp.zeros(shape, first.dtype)) for _ in prompt_kv]
+        if isinstance(prompt.kv, list):
+            cache: Cache = [KeyValue(jnp.zeros(shape, first.dtype), jnp.zeros(shape, first.dtype)) for _ in prompt.kv]
         else:
             shape = (text.num_layers, *shape)
             cache = KeyValue(*(shard(jnp.zeros(shape, first.dtype), None, "batch", None, "act_kv_heads", None) for _ in range(2)))
@@ -166,10 +155,8 @@ class Generator:
             step=jnp.zeros((), jnp.int32),
             hidden=jnp.broadcast_to(first[:, None], (groups, rollouts, first.shape[-1])),
             positions=response_positions(batch["prompt_length"], batch["rope_delta"], jnp.zeros(1, jnp.int32))[:, 0],
-            prompt_kv=prompt_kv,
-            prompt_segments=batch["segment_ids"],
+            prompt=prompt,
             cache=cache,
-            remembered=remembered,
             keys=keys,
             done=jnp.broadcast_to(~batch["row_mask"][:, None], (groups, rollouts)),
             responses=Responses(jnp.full(tokens, sampling.pad, jnp.int32), jnp.zeros(tokens, jnp.float32), jnp.zeros(tokens, bool)),
@@ -193,8 +180,7 @@ class Generator:
             )
             done = state.done | jnp.isin(token, jnp.asarray(sampling.eos))
             positions = state.positions + state.step
-            prompt, cache = (state.prompt_kv, state.prompt_segments), state.cache
-            hidden, cache = thinker.decode(token, positions, *prompt, cache, state.step, state.remembered)
+            hidden, cache = thinker.decode(token, positions, state.prompt, state.cache, state.step)
             return state._replace(step=state.step + 1, hidden=hidden, cache=cache, done=done, responses=responses)
 
         state = jax.lax.while_loop(wanted, one, state)

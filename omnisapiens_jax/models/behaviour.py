@@ -21,7 +21,7 @@ from omnisapiens_jax.models.bam import Behaviour, Dropped
 from omnisapiens_jax.models.config import ThinkerConfig
 from omnisapiens_jax.models.decoder import Between, Cache, Hidden, KeyValue
 from omnisapiens_jax.models.layers import Build, LayerNorm, Linear, RMSNorm, rotate
-from omnisapiens_jax.models.thinker import Batch, Thinker, last_token
+from omnisapiens_jax.models.thinker import Batch, Prompt, Thinker, last_token
 
 _BUILD = Build("bam", jnp.float32, jnp.float32)
 _EPS = 1e-6
@@ -193,11 +193,12 @@ class BehaviourThinker(nnx.Module):
         hidden, _, remembered = self._prefill(batch, keep=False)
         return Hidden(self.behaviour.finish(hidden.last, remembered), hidden.penultimate)
 
-    def prefill(self, batch: Batch) -> tuple[jax.Array, Cache, object]:
-        """As `Thinker.prefill`; what it remembers is that of `Behaviour.remember`."""
+    def prefill(self, batch: Batch) -> tuple[jax.Array, Prompt]:
+        """As `Thinker.prefill`; what is remembered is that of `Behaviour.remember`."""
         hidden, kv, remembered = self._prefill(batch, keep=True)
         assert kv is not None
-        return self.behaviour.finish(last_token(hidden.last, batch["prompt_length"]), remembered), kv, remembered
+        first = self.behaviour.finish(last_token(hidden.last, batch["prompt_length"]), remembered)
+        return first, Prompt(kv, batch["segment_ids"], remembered)
 
     def _prefill(self, batch: Batch, *, keep: bool) -> tuple[Hidden, Cache | None, object]:
         remembered = self.behaviour.remember({**batch, "media_starts": media_starts(batch)})
@@ -207,22 +208,12 @@ class BehaviourThinker(nnx.Module):
         )
         return hidden, kv, remembered
 
-    def decode(
-        self,
-        tokens: jax.Array,
-        positions: jax.Array,
-        prompt_kv: Cache,
-        prompt_segments: jax.Array,
-        cache: Cache,
-        step: jax.Array,
-        remembered: object,
-    ) -> tuple[jax.Array, Cache]:
+    def decode(self, tokens: jax.Array, positions: jax.Array, prompt: Prompt, cache: Cache, step: jax.Array) -> tuple[jax.Array, Cache]:
         """As `Thinker.decode`."""
         decoder = self.thinker.decoder
-        between = self.behaviour.between(remembered, jnp.broadcast_to(positions[:, None], tokens.shape))
-        x = decoder.embed(tokens)
-        hidden, cache = decoder.decode(x, positions, prompt_kv, prompt_segments, cache, step, between)
-        return self.behaviour.finish(hidden, remembered), cache
+        between = self.behaviour.between(prompt.remembered, jnp.broadcast_to(positions[:, None], tokens.shape))
+        hidden, cache = decoder.decode(decoder.embed(tokens), positions, prompt.kv, prompt.segments, cache, step, between)
+        return self.behaviour.finish(hidden, prompt.remembered), cache
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """The thinker's."""

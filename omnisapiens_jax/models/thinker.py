@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,14 @@ from omnisapiens_jax.models.layers import Build, Linear, LoraConfig, Remat, shar
 from omnisapiens_jax.models.vision import VisionEncoder
 
 Batch = Mapping[str, jax.Array]  # the keys and shapes are those of `processing.example.collate`
+
+
+class Prompt(NamedTuple):
+    """What decoding reads of the prompts again and again."""
+
+    kv: Cache  # keys and values of every layer, as `Decoder.prefill` gives them
+    segments: jax.Array  # [B, P]
+    remembered: Any = ()  # what the model keeps of them besides
 
 
 class Thinker(nnx.Module):
@@ -91,24 +99,15 @@ class Thinker(nnx.Module):
         first = last_token(prompt, batch["prompt_length"])[:, None, None]  # [B, 1, 1, D]
         return jnp.concatenate([jnp.broadcast_to(first, (*states.shape[:2], 1, states.shape[-1])), states[:, :, :-1]], axis=2)
 
-    def prefill(self, batch: Batch) -> tuple[jax.Array, Cache, tuple[()]]:
-        """What decoding begins with: states `[B, D]` that predict each first token, every layer's keys, and nothing else to remember."""
+    def prefill(self, batch: Batch) -> tuple[jax.Array, Prompt]:
+        """What decoding begins with: states `[B, D]` that predict each first token, and what it is to read of the prompts."""
         hidden, kv = self.decoder.prefill(self.embed(batch), batch["positions"], batch["segment_ids"])
         assert kv is not None
-        return last_token(hidden.last, batch["prompt_length"]), kv, ()
+        return last_token(hidden.last, batch["prompt_length"]), Prompt(kv, batch["segment_ids"])
 
-    def decode(
-        self,
-        tokens: jax.Array,
-        positions: jax.Array,
-        prompt_kv: Cache,
-        prompt_segments: jax.Array,
-        cache: Cache,
-        step: jax.Array,
-        remembered: tuple[()],
-    ) -> tuple[jax.Array, Cache]:
+    def decode(self, tokens: jax.Array, positions: jax.Array, prompt: Prompt, cache: Cache, step: jax.Array) -> tuple[jax.Array, Cache]:
         """States `[B, n, D]` that predict the token after `tokens [B, n]`, and the cache; see `Decoder.decode`."""
-        return self.decoder.decode(self.decoder.embed(tokens), positions, prompt_kv, prompt_segments, cache, step)
+        return self.decoder.decode(self.decoder.embed(tokens), positions, prompt.kv, prompt.segments, cache, step)
 
     def unroll(self) -> None:
         """Makes a list of the decoder's layers, see `Stack`."""

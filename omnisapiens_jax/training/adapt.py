@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -21,25 +21,25 @@ from omnisapiens_jax.atlas.faults import FaultLog
 from omnisapiens_jax.atlas.labels import HBA
 from omnisapiens_jax.atlas.plan import Index
 from omnisapiens_jax.atlas.recipe import lower_answer
-from omnisapiens_jax.atlas.sources import open_source
+from omnisapiens_jax.atlas.sources import Source, open_source
 from omnisapiens_jax.convert.behaviour import write_behaviour, write_tail
 from omnisapiens_jax.convert.loading import fill_parts
 from omnisapiens_jax.convert.parts import AdapterShape
-from omnisapiens_jax.evaluation.answers import Answer, load_answers, save_answers
-from omnisapiens_jax.evaluation.evaluate import decode_response
+from omnisapiens_jax.evaluation.answers import load_answers
+from omnisapiens_jax.evaluation.classify import by_heads
+from omnisapiens_jax.evaluation.evaluate import Ask, answer_all, greedy
 from omnisapiens_jax.evaluation.metrics import dataset_metrics
-from omnisapiens_jax.generation.sampling import Generator, Sampling, rollout_keys
 from omnisapiens_jax.models.bam import MODALITIES
 from omnisapiens_jax.models.behaviour import BehaviourAttention, BehaviourThinker
 from omnisapiens_jax.models.classifier import Classifier
-from omnisapiens_jax.models.thinker import Batch, Thinker
-from omnisapiens_jax.parallel.mesh import all_rows, meet, put_batch, shardings
+from omnisapiens_jax.models.thinker import Batch
+from omnisapiens_jax.parallel.mesh import meet, shardings
 from omnisapiens_jax.training import bam
 from omnisapiens_jax.training.bam import Feed, Fixed, Group, Learner, Tail
 from omnisapiens_jax.training.data import Atlas, Split
 from omnisapiens_jax.training.frozen import FrozenStates, Site, encode
-from omnisapiens_jax.training.journal import Bar, console, progress
-from omnisapiens_jax.training.state import open_weights
+from omnisapiens_jax.training.journal import Bar, console
+from omnisapiens_jax.training.state import make_generator, open_weights
 
 CONTROLS = ("with", "without", "shuffled")  # descriptors: a sample's own, none, another's
 
@@ -116,15 +116,17 @@ def adapt(config: ml_collections.ConfigDict, workdir: Path, mesh: Mesh, atlas: A
       params: its parameters.
 
     Raises:
-      ValueError: a dataset that is named has no rows or no descriptors, or the weights do not go with the settings.
+      ValueError: a dataset that is named has no rows in a split or no descriptors, or the weights do not go with the settings.
     """
     run = Adapting(config, workdir, mesh, atlas, graph, params)
-    there = {*open_source(atlas.root / config.atlas.train).datasets()}
     wanted, everything = bam.groups(config.bam), config.bam.datasets == "all"
-    if missing := [group.name for group in wanted if not {*group.datasets} <= there]:
-        if not everything:
-            raise ValueError(f"{config.atlas.train} has no rows of {', '.join(missing)}, which config.bam.datasets names")
-        wanted = [group for group in wanted if group.name not in missing]
+    for name in (config.atlas.train, config.atlas.validation, config.atlas.test):
+        there = {*open_source(atlas.root / name).datasets()}
+        if missing := [group.name for group in wanted if not {*group.datasets} <= there]:
+            if not everything:
+                raise ValueError(f"{name} has no rows of {', '.join(missing)}, which config.bam.datasets names")
+            console.print(f"left out, for want of rows in {name}: {', '.join(missing)}", soft_wrap=True)
+            wanted = [group for group in wanted if group.name not in missing]
     _check_weights(run, wanted)
     for task in ("cls", "qa"):
         if of_task := [group for group in wanted if group.task == task]:
@@ -156,7 +158,7 @@ class Material:
         """Batches of some datasets' rows of a split: shuffled, in `batch_size` rows, to `train`; else in order."""
         kept = self.states.get(name)
         split = self.run.split(name, datasets, self.task, None if kept is None else kept.ids, train=train)
-        return Feed(split, kept, self.descriptors[name], self.fixed, self.run.mesh)
+        return Feed(split, kept, self.descriptors[name])
 
     def modalities(self, group: Group) -> list[str]:
         """Those that the run wants and some training sample of a group has."""
@@ -202,17 +204,16 @@ def _adapt_task(run: Adapting, task: str, groups: Sequence[Group], *, everything
         folder = run.workdir / "bam" / group.name
         if settings.epochs:
             validation = material.feed(atlas.validation, group.datasets)
-            learner = bam.fit(settings, run.config.seed, folder, group, learner, train, validation, optimizer)
+            learner = bam.fit(settings, run.config.seed, folder, group, learner, material.fixed, train, validation, optimizer, run.mesh)
         if jax.process_index() == 0:
             folder.mkdir(parents=True, exist_ok=True)
             write_behaviour(folder, learner.behaviour, learner.heads)
             if learner.tail is not None:
                 write_tail(folder, run.classifier.thinker.config, learner.tail.block, learner.tail.lm_head)
         if task == "cls":
-            _evaluate(group, folder, functools.partial(_classes, learner, material.feed(atlas.test, group.datasets)))
+            _evaluate(run, group, folder, material.feed(atlas.test, group.datasets), *_by_heads(material, learner))
         else:
-            prompts, descriptors = run.prompts(group.datasets), material.descriptors[atlas.test]
-            _evaluate(group, folder, _answering(run, learner, prompts, descriptors))
+            _evaluate(run, group, folder, Feed(run.prompts(group.datasets), None, material.descriptors[atlas.test]), *_greedy(run, learner))
 
 
 def _rows(datasets: Sequence[str], ids: np.ndarray | None) -> Callable[[Index], np.ndarray]:
@@ -238,8 +239,6 @@ def _check_weights(run: Adapting, groups: Sequence[Group]) -> None:
             f"config.bam.stage {bam.LAST_BLOCK} trains weights that LoRA factors are added to: merge these first, and set "
             "config.model.lora.rank=0"
         )
-    if settings.stage == bam.LAST_BLOCK:
-        Tail(run.classifier.thinker)
     if shapes and shapes.adapters:
         if len(groups) > 1:
             raise ValueError(f"{weights} has the adapters of one dataset: name it in config.bam.datasets, not {len(groups)} of them")
@@ -274,17 +273,17 @@ def make_learner(run: Adapting, group: Group, train: Feed, modalities: Sequence[
     return nnx.merge(graph, jax.device_put(own, shardings(own, run.mesh)))
 
 
-def _evaluate(group: Group, folder: Path, answer: Callable[[str], list[Answer]]) -> None:
-    """Held-out answers of every control and what they are worth; each is made only once."""
-    scores = {}
+def _evaluate(run: Adapting, group: Group, folder: Path, prompts: Feed, ask: Callable[[Source], Ask], params: nnx.State, how: str) -> None:
+    """Held-out answers of every control and what they are worth; what a killed run has answered is not asked for again."""
+    scores, split = {}, prompts.split
     for control in CONTROLS:
         path = folder / f"evaluation-{control}.json"
         if path.exists():
             answers = load_answers(path)
         else:
-            answers = answer(control)
-            if jax.process_index() == 0:
-                save_answers(path, answers)
+            asked, how_asked = dataclasses.replace(prompts, given=_given(split, control)), f"{how}, {control} descriptors"
+            with Bar(f"{group.name}: answering {control} descriptors", total=split.steps_per_epoch) as bar:
+                answers = answer_all(ask(split.source), params, asked, split.source, run.mesh, path, how=how_asked, progress=bar.reach)
         columns = ([getattr(one, name) for one in answers] for name in ("dataset", "gold", "prediction"))
         scores[control] = dataset_metrics(HBA, *columns)
     if jax.process_index() == 0:
@@ -307,65 +306,36 @@ def others(ids: np.ndarray, datasets: np.ndarray) -> np.ndarray:
     return given
 
 
-def _given(split: Split, control: str) -> np.ndarray | None:
-    """Whose descriptors the samples of a split get, -1 for nobody's; None: their own."""
+def _given(split: Split, control: str) -> dict[int, int]:
+    """Whose descriptors the samples of a split get instead of their own, -1 for nobody's."""
     index = split.pipeline.planner.index
     if control == "with":
-        return None
-    return np.full_like(index.ids, -1) if control == "without" else others(index.ids, index.datasets)
+        return {}
+    found = np.full_like(index.ids, -1) if control == "without" else others(index.ids, index.datasets)
+    return dict(zip(index.ids.tolist(), found.tolist(), strict=True))
 
 
-def _classes(learner: Learner, feed: Feed, control: str) -> list[Answer]:
-    """The likeliest class of every sample."""
-    (graph, state), fixed, answers = nnx.split(learner), feed.fixed, []
-    for _, ids, batch in feed.batches(0, feed.split.steps_per_epoch, _given(feed.split, control)):
-        for sample, label in zip(*all_rows((ids, _likeliest((fixed.site, graph, fixed.graph), state, fixed.params, batch))), strict=True):
-            if sample >= 0:
-                row, name = feed.split.source[int(sample)], HBA.classes[int(label)][1]
-                answers.append(Answer(row.id, row.dataset, row.answer, name, name))
-    return sorted(answers, key=lambda answer: answer.id)
+def _by_heads(material: Material, learner: Learner) -> tuple[Callable[[Source], Ask], nnx.State, str]:
+    """What asks the heads, with which parameters, and its name."""
+    graph, state = nnx.split(learner)
+    fixed = material.fixed
+    predict = functools.partial(_probabilities, (fixed.site, graph, fixed.graph), fixed.params)
+    return functools.partial(by_heads, predict), state, "heads"
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _likeliest(fixed: tuple[Site, nnx.GraphDef, nnx.GraphDef], state: nnx.State, params: nnx.State, batch: Batch) -> jax.Array:
+def _probabilities(fixed: tuple[Site, nnx.GraphDef, nnx.GraphDef], params: nnx.State, state: nnx.State, batch: Batch) -> jax.Array:
     site, graph, below = fixed
-    return nnx.merge(graph, state).logits(site, nnx.merge(below, params), batch).argmax(axis=-1)
+    return jax.nn.softmax(nnx.merge(graph, state).logits(site, nnx.merge(below, params), batch), axis=-1)
 
 
-def _answering(run: Adapting, learner: Learner, split: Split, descriptors: Behaviour) -> Callable[[str], list[Answer]]:
-    """What answers the prompts of a split greedily, by control."""
+def _greedy(run: Adapting, learner: Learner) -> tuple[Callable[[Source], Ask], nnx.State, str]:
+    """What generates the likeliest answers, with which parameters, and its name."""
     thinker = run.classifier.thinker
     if learner.tail is not None:
         thinker = nnx.clone(thinker)
         learner.tail.put(thinker)
     policy = BehaviourThinker(thinker, learner.behaviour)
-    generator = greedy(run.config, policy)
-    view = generator.view(nnx.state(policy))
-
-    def batches(control: str) -> Iterator[dict[str, np.ndarray]]:
-        given = _given(split, control)
-        table = {} if given is None else dict(zip(split.pipeline.planner.index.ids.tolist(), given.tolist(), strict=True))
-        for _, batch in split.pipeline.batches(0, split.steps_per_epoch):
-            ids = np.asarray([table.get(sample, sample) for sample in batch["index"].tolist()], np.int64)
-            yield {**batch, **descriptors.batch(ids)}
-
-    def answer(control: str) -> list[Answer]:
-        answers = []
-        for batch in progress(batches(control), f"answering {control} descriptors", total=split.steps_per_epoch):
-            on_device = put_batch(batch, run.mesh)
-            responses = generator(view, on_device, rollout_keys(0, 0, on_device["index"], 1))
-            for sample, tokens, mask in zip(*all_rows((on_device["index"], responses.tokens, responses.mask)), strict=True):
-                if sample >= 0:
-                    row, text = split.source[int(sample)], decode_response(run.atlas.tokenizer, tokens[0], mask[0])
-                    answers.append(Answer(row.id, row.dataset, row.answer, text.strip().lower(), text))
-        return sorted(answers, key=lambda answer: answer.id)
-
-    return answer
-
-
-def greedy(config: ml_collections.ConfigDict, policy: BehaviourThinker | Thinker) -> Generator:
-    """The likeliest answer to each prompt."""
-    tokens, generation = policy.config.tokens, config.generation
-    ends = (tokens.im_end, tokens.pad)
-    sampling = Sampling(1, generation.max_tokens, temperature=0.0, eos=ends, pad=tokens.pad, chunk=generation.chunk)
-    return Generator(policy, sampling, unroll=generation.unroll)
+    generator = make_generator(run.config.generation, policy)
+    ask = functools.partial(greedy, generator, tokenizer=run.atlas.tokenizer)
+    return ask, generator.view(nnx.state(policy)), repr(generator.sampling)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 
 from omnisapiens_jax.atlas.behaviour import Behaviour as Descriptors
 from omnisapiens_jax.atlas.labels import HBA
+from omnisapiens_jax.atlas.plan import Planner
 from omnisapiens_jax.models.bam import MODALITIES, Dropped, ResidualAdapter, ResidualAdapters
 from omnisapiens_jax.models.behaviour import AttentionConfig, BehaviourAttention, Statistic
 from omnisapiens_jax.models.config import ThinkerConfig
@@ -33,7 +34,8 @@ from omnisapiens_jax.training.checkpoints import Checkpoints
 from omnisapiens_jax.training.data import Split
 from omnisapiens_jax.training.frozen import FrozenStates, Site
 from omnisapiens_jax.training.journal import Bar, Journal, console
-from omnisapiens_jax.training.state import TrainState, apply_gradients, check_finite, fresh_optimizer, micro_gradients
+from omnisapiens_jax.training.losses import CLASSES, class_loss, mean
+from omnisapiens_jax.training.state import TrainState, apply_gradients, check_finite, fresh_optimizer, micro_gradients, parameters
 
 Kind = Literal["adapter", "attention"]
 ResidualSite = Literal["last_hidden", "penultimate"]
@@ -79,7 +81,13 @@ def check(settings: ml_collections.ConfigDict, thinker: ThinkerConfig) -> None:
         if not 0 <= odds < 1:
             raise ValueError(f"config.bam.drop.{modality} {odds} is a probability, from 0 to less than 1")
     groups(settings)
+    if settings.stage == LAST_BLOCK and thinker.tie_head:
+        raise ValueError(
+            f"config.bam.stage {LAST_BLOCK}: the LM head of this model is its table of embeddings, which the frozen layers read as well"
+        )
     if settings.kind == "attention":
+        if not settings.epochs:
+            raise ValueError("config.bam.epochs 0 evaluates what the weights bring, and none bring behaviour attention: train it")
         attention_config(settings, [modality for modality in MODALITIES if modality in settings.modalities]).check(thinker.text.num_layers)
         descriptor_config(settings, trailing_pad=False)
         if not all(settings.attention[name] for name in ("landmarks", "low_level")):
@@ -117,17 +125,9 @@ class Tail(nnx.Module):
     """The last layer of a decoder and the LM head, to be trained beside the frozen rest."""
 
     def __init__(self, thinker: Thinker):
-        """Begins as those of `thinker`, in float32: an update of 1e-4 would vanish in bfloat16.
-
-        Raises:
-          ValueError: the head is the table of embeddings.
-        """
-        if thinker.lm_head is None:
-            raise ValueError(
-                f"config.bam.stage {LAST_BLOCK}: the LM head of this model is its table of embeddings, which the frozen layers read as well"
-            )
+        """Begins as those of `thinker`, whose head is its own, in float32: an update of 1e-4 would vanish in bfloat16."""
         block, head = thinker.decoder.layers.layer(-1), nnx.clone(thinker.lm_head)
-        assert isinstance(block, DecoderLayer) and isinstance(head, Linear)
+        assert isinstance(block, DecoderLayer) and isinstance(head, Linear)  # `check` refuses a tied one
         for module in (block, head):
             nnx.update(module, jax.tree.map(lambda leaf: leaf.astype(jnp.float32), nnx.state(module)))
         self.block, self.lm_head, self.dtype = block, head, thinker.decoder.dtype
@@ -154,8 +154,9 @@ class Learner(nnx.Module):
         self.behaviour, self.heads, self.tail = behaviour, heads, tail
 
     def logits(self, site: Site, thinker: Thinker, batch: Batch, dropped: Dropped | None = None) -> jax.Array:
-        """Of the labels of all domains `[B, C]`, from the states of a site; see `DomainHeads`."""
+        """Of the labels of all domains `[B, C]`, from the states of a site, kept or to be computed; see `DomainHeads`."""
         assert self.heads is not None
+        batch = _with_states(site, thinker, batch)
         remembered: Any = self.behaviour.remember(batch, dropped)  # nobody but the behaviour itself reads it
         if site.kind == "pooled":
             pooled = batch["pooled"]
@@ -166,8 +167,9 @@ class Learner(nnx.Module):
 
     def answer(self, site: Site, thinker: Thinker, batch: Batch, dropped: Dropped | None = None) -> tuple[jax.Array, jax.Array]:
         """Log-probabilities of the tokens of the answers `[B, T]`, 0 where none is, and those tokens `[B, T]`, negative there."""
+        batch = _with_states(site, thinker, batch)
         remembered: Any = self.behaviour.remember(batch, dropped)  # nobody but the behaviour itself reads it
-        states, targets = batch["states"], batch["targets"] if site.kind == "answers" else batch["labels"][:, 1:]
+        states, targets = batch["states"], _targets(batch)
         if site.kind == "depth":
             depth = thinker.config.text.num_layers
             states = self._through(site, thinker, batch, remembered, depth if self.tail is None else depth - 1)
@@ -181,6 +183,16 @@ class Learner(nnx.Module):
         return thinker.decoder.through(
             batch["states"], batch["positions"], batch["segment_ids"], start=site.depth, stop=stop, between=between
         )
+
+
+def _with_states(site: Site, thinker: Thinker, batch: Batch) -> Batch:
+    """The batch with the states of the frozen thinker, which are computed where they were not kept."""
+    return batch if "pooled" in batch or "states" in batch else {**batch, **site.states(thinker, batch)}
+
+
+def _targets(batch: Batch) -> jax.Array:
+    """The tokens of the answers `[B, T]`, negative where none is; kept states of answers have theirs beside them."""
+    return batch["targets"] if "targets" in batch else batch["labels"][:, 1:]
 
 
 def site_of(settings: ml_collections.ConfigDict, task: str, thinker: ThinkerConfig, dtype: Any) -> Site:
@@ -288,37 +300,36 @@ class Fixed:
 
 @dataclasses.dataclass(frozen=True)
 class Feed:
-    """The batches of a split for a learner: states and descriptors of what its plan names."""
+    """The batches of a split for a learner: states, or what the thinker makes them of, and descriptors of what its plan names.
+
+    Attributes:
+      split: the rows.
+      states: theirs; None: the thinker computes them, every time.
+      descriptors: likewise.
+      given: whose descriptors samples get that do not get their own, -1: nobody's.
+    """
 
     split: Split
-    states: FrozenStates | None  # None: the thinker computes them, every time
+    states: FrozenStates | None
     descriptors: Descriptors
-    fixed: Fixed
-    mesh: Mesh
+    given: Mapping[int, int] = dataclasses.field(default_factory=dict)
 
-    @functools.cached_property
-    def _compute(self) -> Any:
-        site, graph = self.fixed.site, self.fixed.graph
-        return jax.jit(lambda params, batch: site.states(nnx.merge(graph, params), batch))
+    @property
+    def planner(self) -> Planner:
+        """What is in which batch."""
+        return self.split.pipeline.planner
 
-    def batches(self, start: int, stop: int, shuffled: np.ndarray | None = None) -> Any:
-        """(step, ids of this host's rows `[B]`, batch on the mesh) of steps `start` to `stop - 1`.
+    def batches(self, start: int, stop: int) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
+        """(step, this host's rows of its batch) of steps `start` to `stop - 1`; `index [B]` are their ids."""
+        for step, batch in self.split.pipeline.batches(start, stop) if self.states is None else self._kept(self.states, start, stop):
+            given = [self.given.get(sample, sample) for sample in batch["index"].tolist()]
+            yield step, {**batch, **self.descriptors.batch(np.asarray(given, np.int64))}
 
-        With `shuffled`, a permutation of the split's samples, everyone gets the descriptors of another: what still helps then is not them.
-        """
-        pipeline = self.split.pipeline
-        others = {} if shuffled is None else dict(zip(pipeline.planner.index.ids.tolist(), shuffled.tolist(), strict=True))
-        if self.states is not None:
-            planned = ((step, pipeline.planner[step]) for step in range(start, stop))
-            found = ((step, one.ids[pipeline.host], self.states.batch(one.ids[pipeline.host], one.bucket.tokens)) for step, one in planned)
-        else:
-            found = ((step, batch["index"], batch) for step, batch in pipeline.batches(start, stop))
-        for step, ids, batch in found:
-            given = np.asarray([others.get(sample, sample) for sample in ids.tolist()], np.int64)
-            batch = put_batch({**batch, **self.descriptors.batch(given)}, self.mesh)
-            if self.states is None:
-                batch |= self._compute(self.fixed.params, batch)
-            yield step, ids, batch
+    def _kept(self, states: FrozenStates, start: int, stop: int) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
+        for step in range(start, stop):
+            planned = self.planner[step]
+            ids = planned.ids[self.split.pipeline.host]
+            yield step, {**states.batch(ids, planned.bucket.tokens), "index": ids}
 
 
 def loss_sum(
@@ -326,19 +337,9 @@ def loss_sum(
 ) -> tuple[jax.Array, jax.Array]:
     """Summed cross-entropy of a batch, and of how many samples or tokens."""
     if task == "cls":
-        wanted = batch["label"] >= 0
-        losses = optax.softmax_cross_entropy_with_integer_labels(
-            learner.logits(site, thinker, batch, dropped), jnp.maximum(batch["label"], 0)
-        )
-        return jnp.sum(jnp.where(wanted, losses, 0.0)), jnp.sum(wanted, dtype=jnp.float32)
+        return class_loss(lambda batch: learner.logits(site, thinker, batch, dropped), batch)
     log_probs, targets = learner.answer(site, thinker, batch, dropped)
     return -jnp.sum(log_probs), jnp.sum(targets >= 0, dtype=jnp.float32)
-
-
-def _count(site: Site, task: str, batch: Batch) -> jax.Array:
-    if task == "cls":
-        return jnp.sum(batch["label"] >= 0)
-    return jnp.sum((batch["targets"] if site.kind == "answers" else batch["labels"][:, 1:]) >= 0)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnums=4)
@@ -360,7 +361,7 @@ def step(
       settings: seed, micro-batches, and for each of `MODALITIES` the odds that a sample's descriptor is withheld.
       state: of the learner; donated.
       params: of the thinker.
-      batch: of `Feed.batches`.
+      batch: of `Feed.batches`, on the mesh.
     """
     site, graph, below = fixed
     seed, micro_batches, odds = settings
@@ -369,7 +370,7 @@ def step(
     dropped = {
         f"dropped/{name}": jax.random.bernoulli(jax.random.fold_in(key, place), odds[place], rows) for place, name in enumerate(MODALITIES)
     }
-    total = jnp.maximum(_count(site, task, batch), 1)
+    total = jnp.maximum(CLASSES.count(batch) if task == "cls" else jnp.sum(_targets(batch) >= 0), 1)
 
     def share(trained: nnx.State, part: Batch) -> tuple[jax.Array, jax.Array]:
         learner, thinker = nnx.merge(graph, trained, state.frozen), nnx.merge(below, params)
@@ -388,9 +389,11 @@ def fit(
     workdir: Path,
     group: Group,
     learner: Learner,
+    fixed: Fixed,
     train: Feed,
     validation: Feed,
     optimizer: optax.GradientTransformation,
+    mesh: Mesh,
 ) -> Learner:
     """Trains a group's learner for `epochs` and returns it as it was when the validation loss was least.
 
@@ -400,14 +403,15 @@ def fit(
       workdir: of this group; a run found there goes on at the epoch it was in.
       group: the datasets.
       learner: where to begin.
+      fixed: the thinker below it.
       train: shuffled.
       validation: in fixed order.
       optimizer: of `make_optimizer`.
+      mesh: everything lies on it.
 
     Raises:
       FloatingPointError: too many updates in a row had gradients that are not finite, or no validation loss was.
     """
-    fixed, mesh = train.fixed, train.mesh
     graph, trained, frozen = nnx.split(learner, trainable(settings.stage), ...)
     state = fresh_optimizer(TrainState(jnp.zeros((), jnp.int32), trained, frozen, ()), optimizer, mesh)
     how = (seed, settings.micro_batches, tuple(settings.drop[modality] for modality in MODALITIES))
@@ -421,11 +425,12 @@ def fit(
             state, best_so_far = checkpoints.restore(state)
         start = int(state.step)
         with Journal(workdir, start=start) as journal, Bar(group.name, total=total, start=start) as bar:
-            for number, _, batch in train.batches(start, total):
-                state, metrics = step_fn(state, fixed.params, batch)
+            for number, batch in train.batches(start, total):
+                state, metrics = step_fn(state, fixed.params, put_batch(batch, mesh))
                 over = (number + 1) % epoch_steps == 0
                 if over:
-                    metrics["validation_loss"] = _mean_loss(loss_fn, state, validation)
+                    params, held_out = parameters(state), validation.batches(0, validation.split.steps_per_epoch)
+                    metrics["validation_loss"] = mean(loss_fn(params, fixed.params, put_batch(batch, mesh)) for _, batch in held_out)
                     if metrics["validation_loss"] < best_so_far["best_loss"]:
                         best_so_far = {"best_loss": metrics["validation_loss"], "best_step": number + 1}
                         best.save(number + 1, state, best_so_far)
@@ -448,10 +453,3 @@ def _loss_of(
     site: Site, task: str, graph: nnx.GraphDef, below: nnx.GraphDef, learner: nnx.State, params: nnx.State, batch: Batch
 ) -> tuple[jax.Array, jax.Array]:
     return loss_sum(site, task, nnx.merge(graph, learner), nnx.merge(below, params), batch)
-
-
-def _mean_loss(loss_fn: Any, state: TrainState, feed: Feed) -> float:
-    learner = nnx.merge_state(state.trainable, state.frozen)
-    sums = [loss_fn(learner, feed.fixed.params, batch) for _, _, batch in feed.batches(0, feed.split.steps_per_epoch)]
-    loss, count = (sum(float(part) for part in column) for column in zip(*sums, strict=True))
-    return loss / max(count, 1.0)

@@ -143,9 +143,16 @@ class Atlas:
         """
         atlas, compat = self._config.atlas, self._config.compat
         source = self.source(name) if transcripts else WithoutTranscripts(self.source(name))
-        switches = {"truncation": compat.truncation, "prompts": compat.qa_prompts, "labels": compat.labels}
         recipe = Recipe(
-            self.tokenizer, self._model, self._options, max_tokens=atlas.max_tokens, target=target, scheme=self.scheme, **switches
+            self.tokenizer,
+            self._model,
+            self._options,
+            max_tokens=atlas.max_tokens,
+            target=target,
+            scheme=self.scheme,
+            truncation=compat.truncation,
+            prompts=compat.qa_prompts,
+            labels=compat.labels,
         )
         bounds = {"workers": atlas.workers, "deadline": atlas.deadline, "memory": atlas.worker_bytes}
         how = PipelineConfig(atlas.on_error, cache_bytes=atlas.cache_bytes, **bounds)

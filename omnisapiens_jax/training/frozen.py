@@ -128,7 +128,7 @@ _OF_TOKENS = {"positions": (None, 3), "labels": (None,)}
 
 
 class FrozenStates:
-    """The states of a split's samples, from the store or, uncached, from the thinker."""
+    """The kept states of a split's samples."""
 
     def __init__(self, site: Site, store: Store, ids: np.ndarray):
         """`ids` are the samples that have some, rising."""
@@ -168,6 +168,11 @@ def identity(params: nnx.State) -> str:
     return hashlib.sha256("\n".join(names).encode() + sums.astype("<u4").tobytes()).hexdigest()
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _states(site: Site, graph: nnx.GraphDef, params: nnx.State, batch: Batch) -> dict[str, jax.Array]:
+    return site.states(nnx.merge(graph, params), batch)
+
+
 def encode(
     site: Site, graph: nnx.GraphDef, params: nnx.State, wanted: Split, open_split: Callable[[np.ndarray], Split], mesh: Mesh, cache: Path
 ) -> FrozenStates:
@@ -191,11 +196,10 @@ def encode(
         console.print(f"{store.damaged} records of {folder} are damaged or were cut off: those samples are encoded again")
     if missing := store.missing(stamps):
         split = open_split(np.asarray(missing))
-        compute = jax.jit(lambda params, batch: site.states(nnx.merge(graph, params), batch))
         steps = split.steps_per_epoch
         with store.adding() as add:
             for _, batch in progress(split.pipeline.batches(0, steps), f"encoding {split.name}", total=steps):
-                found = {name: local_rows(array) for name, array in compute(params, put_batch(batch, mesh)).items()}
+                found = {name: local_rows(array) for name, array in _states(site, graph, params, put_batch(batch, mesh)).items()}
                 for sample, arrays in zip(batch["index"].tolist(), site.rows(found), strict=True):
                     if sample >= 0:
                         add(sample, stamps[sample], arrays)

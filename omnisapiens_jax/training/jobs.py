@@ -28,7 +28,7 @@ from omnisapiens_jax.evaluation.compare import compare, open_run
 from omnisapiens_jax.evaluation.comparison import write_comparison
 from omnisapiens_jax.evaluation.evaluate import MODALITIES, answer_all, greedy
 from omnisapiens_jax.evaluation.report import write_report
-from omnisapiens_jax.generation.sampling import Generator, Sampling
+from omnisapiens_jax.generation.sampling import Generator
 from omnisapiens_jax.models.classifier import class_probabilities
 from omnisapiens_jax.models.layers import Remat
 from omnisapiens_jax.parallel.mesh import make_mesh, on_mesh
@@ -44,6 +44,7 @@ from omnisapiens_jax.training.losses import ANSWERS, CLASSES, SHARES, Objective
 from omnisapiens_jax.training.state import (
     TrainState,
     create_state,
+    make_generator,
     make_optimizer,
     make_thinker,
     open_weights,
@@ -109,17 +110,8 @@ class Run:
 
     def generator(self, rollouts: int, temperature: float) -> Generator:
         """A sampler for this run's thinker."""
-        generation, model = self.config.generation, thinker_config(self.config.model)
-        sampling = Sampling(
-            rollouts=rollouts,
-            max_tokens=generation.max_tokens,
-            temperature=temperature,
-            eos=(model.tokens.im_end, model.tokens.pad),
-            pad=model.tokens.pad,
-            chunk=generation.chunk,
-        )
         thinker = nnx.eval_shape(lambda: make_thinker(self.config.model, self.config.seed))
-        return Generator(thinker, sampling, unroll=generation.unroll)
+        return make_generator(self.config.generation, thinker, rollouts=rollouts, temperature=temperature)
 
     @functools.cached_property
     def greedy(self) -> Generator:
@@ -237,9 +229,10 @@ def _rl(run: Run, state: TrainState) -> None:
 def _supervised(run: Run, state: TrainState, *, lesson: Lesson) -> None:
     job = run.config.job
     held_out = run.held_out(lesson)  # before the long work: a row that cannot be used is told now
-    if job == "sft" and run.config.sft.labels == "raters":
-        lesson = RATERS
-    run.evaluate(job, run.fit(run.config[job], job, state, lesson), held_out, lesson)
+    taught = RATERS if job == "sft" and run.config.sft.labels == "raters" else lesson
+    state = run.fit(run.config[job], job, state, taught)
+    run.evaluate(job, state, held_out, lesson)
+    run.ablations(job, state, held_out, lesson)
     run.report()
 
 
@@ -355,6 +348,8 @@ def check(config: ml_collections.ConfigDict, mesh: Mesh) -> None:
     if tuple(config.model.heads) != heads:
         where = f"a run of the job {config.job} with config.atlas.scheme {config.atlas.scheme}"
         raise ValueError(f"config.model.heads {tuple(config.model.heads)} must be {heads} in {where}")
+    if config.job == "bam" and config.blanked:
+        raise ValueError("config.blanked is not for bam, whose answers are compared without descriptors and with another sample's")
     if (config.model.trains == "lm_head") != (config.job == "qa"):
         raise ValueError(f"config.model.trains {config.model.trains}: the job qa trains the lm_head, and no other does")
     if config.job == "qa" and not config.model.weights:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from omnisapiens_jax.models.classifier import Classifier
 from omnisapiens_jax.models.thinker import Batch, Thinker, token_log_probs
 
 _CHUNK = 64  # places of every row whose logits may be needed together
@@ -57,11 +56,11 @@ def lm_loss(thinker: Thinker, batch: Batch) -> tuple[jax.Array, jax.Array]:
     return -jnp.sum(log_probs), jnp.sum(targets >= 0, dtype=jnp.float32)
 
 
-def class_loss(classifier: Classifier, batch: Batch) -> tuple[jax.Array, jax.Array]:
+def class_loss(classifier: Callable[[Batch], jax.Array], batch: Batch) -> tuple[jax.Array, jax.Array]:
     """Cross-entropy of the samples that have a class, over the labels of their domain: those of the others are out of reach.
 
     Args:
-      classifier: the model.
+      classifier: gives the logits, as `models.classifier.Classifier` does.
       batch: as `processing.example.collate` makes it, of prompts alone; `label` is a class among those of all domains, negative for a
         sample that has none and does not count.
 
@@ -72,11 +71,17 @@ def class_loss(classifier: Classifier, batch: Batch) -> tuple[jax.Array, jax.Arr
     return jnp.sum(jnp.where(classified, losses, 0.0)), jnp.sum(classified, dtype=jnp.float32)
 
 
-def share_loss(classifier: Classifier, batch: Batch) -> tuple[jax.Array, jax.Array]:
+def share_loss(classifier: Callable[[Batch], jax.Array], batch: Batch) -> tuple[jax.Array, jax.Array]:
     """As `class_loss`, against the `shares` of each class among a sample's raters, `[B, C]` (packed: `[B, S, C]`), that a batch has too."""
     classified = batch["label"] >= 0
     losses = optax.softmax_cross_entropy(classifier(batch), batch["shares"])
     return jnp.sum(jnp.where(classified, losses, 0.0)), jnp.sum(classified, dtype=jnp.float32)
+
+
+def mean(sums: Iterable[tuple[jax.Array, jax.Array]]) -> float:
+    """Of batches whose sums and counts a loss has given; 0 of none that count."""
+    loss, count = (sum(float(part) for part in column) for column in zip(*[*sums], strict=True))  # all are launched, then fetched
+    return loss / max(count, 1.0)
 
 
 ANSWERS = Objective(lm_loss, lambda batch: jnp.sum(batch["labels"][:, 1:] >= 0), "tokens")

@@ -17,7 +17,7 @@ from omnisapiens_jax.parallel.mesh import put_batch
 from omnisapiens_jax.training.checkpoints import Checkpoints
 from omnisapiens_jax.training.data import Split
 from omnisapiens_jax.training.journal import Bar, Journal, console
-from omnisapiens_jax.training.losses import ANSWERS, Objective
+from omnisapiens_jax.training.losses import ANSWERS, Objective, mean
 from omnisapiens_jax.training.state import (
     TrainState,
     apply_gradients,
@@ -126,6 +126,5 @@ def loss_sum(graph: nnx.GraphDef, objective: Objective, params: nnx.State, batch
 
 def validation_loss(loss_fn: Any, state: TrainState, validation: Split, mesh: Mesh) -> float:
     """Mean loss over everything that counts in the validation split."""
-    sums = [loss_fn(parameters(state), put_batch(batch, mesh)) for _, batch in validation.batches(0, validation.steps_per_epoch)]
-    loss, count = (sum(float(part) for part in column) for column in zip(*sums, strict=True))
-    return loss / max(count, 1.0)
+    params, batches = parameters(state), validation.batches(0, validation.steps_per_epoch)
+    return mean(loss_fn(params, put_batch(batch, mesh)) for _, batch in batches)

@@ -19,6 +19,7 @@ from omnisapiens_jax.convert.checkpoint import put_params
 from omnisapiens_jax.convert.kinds import open_source
 from omnisapiens_jax.convert.loading import fill_parts, read_params_onto
 from omnisapiens_jax.convert.source import Params, Source
+from omnisapiens_jax.generation.sampling import Generator, Policy, Sampling
 from omnisapiens_jax.models.classifier import Classifier
 from omnisapiens_jax.models.config import ThinkerConfig
 from omnisapiens_jax.models.layers import LoraConfig, LoraParam
@@ -87,6 +88,14 @@ def make_model(model: ml_collections.ConfigDict, seed: int) -> Thinker | Classif
 def thinker_of(model: Thinker | Classifier) -> Thinker:
     """The thinker in a model."""
     return model.thinker if isinstance(model, Classifier) else model
+
+
+def make_generator(generation: ml_collections.ConfigDict, policy: Policy, *, rollouts: int = 1, temperature: float = 0.0) -> Generator:
+    """A sampler for a policy, whose arrays may be abstract, as `config.generation` says; by default of the one likeliest response."""
+    tokens = policy.config.tokens
+    ends = (tokens.im_end, tokens.pad)
+    sampling = Sampling(rollouts, generation.max_tokens, temperature, eos=ends, pad=tokens.pad, chunk=generation.chunk)
+    return Generator(policy, sampling, unroll=generation.unroll)
 
 
 def trainable_filter(model: ml_collections.ConfigDict) -> Any:

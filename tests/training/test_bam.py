@@ -297,6 +297,8 @@ def test_behaviour_attention_is_written_and_read(tmp_path: Path) -> None:
         ({"bam__modalities": ()}, "video or audio, or both"),
         ({"atlas__batches": "packed"}, "packed is not for bam"),
         ({"atlas__training__audio_dropout": 0.5}, "bam.cached=False"),
+        ({"bam__kind": "attention", "bam__epochs": 0}, "none bring behaviour attention"),
+        ({"blanked": ("text",)}, "blanked is not for bam"),
     ],
 )
 def test_what_cannot_be_is_told(changes: dict[str, Any], says: str, tmp_path: Path) -> None:
