@@ -372,7 +372,7 @@ def test_released_adapters_are_evaluated_as_they_are(tmp_path: Path) -> None:
     for changes_too, says in (
         ({"bam__hidden__video": 7}, "has a video adapter .*config.bam asks for"),
         ({"bam__datasets": "meld_emotion, mmsd"}, "adapters of one dataset"),
-        ({"bam__kind": "attention"}, "would leave them out"),
+        ({"bam__kind": "attention", "bam__epochs": 1}, "would leave them out"),
     ):
         with pytest.raises(ValueError, match=says):
             run(tmp_path / "wrong", **{**changes, **changes_too})
