@@ -105,7 +105,7 @@ def test_averages_equal_scikit_learn_over_the_gold_classes(examples):
         assert ours["accuracy"] == pytest.approx(np.mean(golds == predictions))
         matrix = sk.confusion_matrix(golds, np.where(predictions > 4, -1, predictions), labels=[0, 1, 2, 3, 4, -1])
         np.testing.assert_array_equal(confusion_matrix(golds, predictions, range(5)), matrix[:5])
-        each = sk.precision_recall_fscore_support(golds, predictions, labels=labels, **PER_CLASS, **UNDEFINED)
+        each = np.array(sk.precision_recall_fscore_support(golds, predictions, labels=labels, **PER_CLASS, **UNDEFINED))
         np.testing.assert_allclose(class_scores(confusion_matrix(golds, predictions, labels.tolist())), each)
 
     holds(law, prediction_sets(range(5), range(-1, 7)), examples)
