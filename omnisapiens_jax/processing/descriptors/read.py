@@ -180,6 +180,7 @@ def _numpy_arrays(file: HeldFile, archive: zipfile.ZipFile) -> dict[str, np.ndar
         key = entry.filename.removesuffix(".npy")
         try:
             arrays[key] = _numpy_array(io.BytesIO(archive.read(entry)))
+        # zipfile says of an unknown compression that it is not implemented, of an encrypted entry RuntimeError; SyntaxError is of a header
         except (ValueError, SyntaxError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError) as reason:
             raise DescriptorError(file.name, f"{key[:100]} is no array of numbers ({reason})") from reason
     return arrays
