@@ -169,7 +169,7 @@ def _target_log_probs(hidden: jax.Array, head: jax.Array, targets: jax.Array, te
     """`token_log_probs` of `hidden [T, D]` and `targets [T]` under `head [D, V]`, T a multiple of `chunk`."""
 
     def some(hidden: jax.Array, targets: jax.Array) -> jax.Array:
-        return _log_softmax(hidden, head, targets, temperature)[1]
+        return _logits(hidden, head, targets, temperature)[1]
 
     return _by_chunks(some, chunk, hidden, targets)
 
@@ -178,8 +178,8 @@ def _forward(hidden: Any, head: Any, targets: Any, temperature: float, chunk: in
     """Log-probabilities, and their gradient by the states `[T, D]`: linear in what comes back, so it can be made now, logits at hand."""
 
     def some(hidden: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
-        log_probs, picked = _log_softmax(hidden, head.value, targets, temperature)
-        return picked, shard(_by_logits(log_probs, targets, temperature).astype(hidden.dtype) @ head.value.T, "batch", "act_embed")
+        scores, picked = _logits(hidden, head.value, targets, temperature)
+        return picked, shard(_by_logits(scores, targets, temperature).astype(hidden.dtype) @ head.value.T, "batch", "act_embed")
 
     picked, slope = _by_chunks(some, chunk, hidden.value, targets.value)
     return picked, (slope, targets.value, (hidden.value, head.value) if head.perturbed else None)
@@ -194,8 +194,8 @@ def _backward(temperature: float, chunk: int, saved: Any, grad: Any) -> tuple[ja
     hidden, head = trained
 
     def some(hidden: jax.Array, targets: jax.Array, grad: jax.Array) -> jax.Array:
-        log_probs, _ = _log_softmax(hidden, head, targets, temperature)
-        by_logits = (_by_logits(log_probs, targets, temperature) * grad[:, None]).astype(hidden.dtype)
+        scores, _ = _logits(hidden, head, targets, temperature)
+        by_logits = (_by_logits(scores, targets, temperature) * grad[:, None]).astype(hidden.dtype)
         return jax.lax.dot_general(hidden, by_logits, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
 
     return by_hidden, _by_chunks(some, chunk, hidden, targets, grad, add=True).astype(head.dtype), None
@@ -204,19 +204,29 @@ def _backward(temperature: float, chunk: int, saved: Any, grad: Any) -> tuple[ja
 _target_log_probs.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
-def _log_softmax(hidden: jax.Array, head: jax.Array, targets: jax.Array, temperature: float) -> tuple[jax.Array, jax.Array]:
-    """Of all tokens `[T, V]`, and of the targets `[T]`, in float32."""
+class _Scores(NamedTuple):
+    """Logits `[T, V]` over the temperature, and the logarithm of the sum of their exponentials `[T, 1]`, in float32.
+
+    Not their difference, the log-probabilities: XLA on CPU joins the subtraction to the product with the head, and takes three times as long.
+    """
+
+    logits: jax.Array
+    normaliser: jax.Array
+
+
+def _logits(hidden: jax.Array, head: jax.Array, targets: jax.Array, temperature: float) -> tuple[_Scores, jax.Array]:
+    """Scores of all tokens, and the log-probabilities `[T]` of the targets, in float32."""
     # A chunk's tokens are divided like rows, or every device would make the logits of all of them.
     logits = shard((hidden @ head).astype(jnp.float32) / temperature, "batch", "act_vocab")
-    log_probs = jax.nn.log_softmax(logits, axis=-1)
-    picked = jnp.take_along_axis(log_probs, jnp.maximum(targets, 0)[:, None], axis=-1)[:, 0]
-    return log_probs, jnp.where(targets >= 0, picked, 0.0)
+    normaliser = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+    picked = jnp.take_along_axis(logits, jnp.maximum(targets, 0)[:, None], axis=-1) - normaliser
+    return _Scores(logits, normaliser), jnp.where(targets >= 0, picked[:, 0], 0.0)
 
 
-def _by_logits(log_probs: jax.Array, targets: jax.Array, temperature: float) -> jax.Array:
+def _by_logits(scores: _Scores, targets: jax.Array, temperature: float) -> jax.Array:
     """The gradient `[T, V]` of the targets' log-probabilities by the logits."""
-    chosen = jnp.arange(log_probs.shape[-1]) == targets[:, None]
-    return jnp.where(targets[:, None] >= 0, (chosen - jnp.exp(log_probs)) / temperature, 0.0)
+    chosen = jnp.arange(scores.logits.shape[-1]) == targets[:, None]
+    return jnp.where(targets[:, None] >= 0, (chosen - jnp.exp(scores.logits - scores.normaliser)) / temperature, 0.0)
 
 
 def _by_chunks(some: Callable[..., Any], chunk: int, hidden: jax.Array, targets: jax.Array, *more: jax.Array, add: bool = False) -> Any:
