@@ -191,7 +191,7 @@ def compare(case: Case, ours: np.ndarray, theirs: np.ndarray) -> None:
 def side(python: str, script: str, folder: Path) -> Iterator[Side]:
     """A process that serves cases; it ends when its pipe closes."""
     environment = os.environ | {
-        "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+        "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1:glibc.malloc.arena_max=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184:glibc.malloc.top_pad=67108864",
         "OMP_NUM_THREADS": "2",
         "OMP_WAIT_POLICY": "PASSIVE",
         "JAX_PLATFORMS": "cpu",

@@ -5,10 +5,13 @@ No `[T, T]` buffer is ever built: queries go by in blocks, and a causal block re
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+from omnisapiens_jax.models.layers import recomputed
 
 _MASKED = -1e30  # finite, so that a fully masked row gives junk instead of NaN
 
@@ -28,7 +31,7 @@ def attend(
     key_segments: jax.Array,
     *,
     causal: bool,
-    block: int = 256,
+    block: int = 128,
 ) -> Attended:
     """Grouped-query attention inside segments.
 
@@ -42,21 +45,12 @@ def attend(
       block: queries handled at once; the score buffer is `[B, N, block, S]`.
     """
     length = query.shape[1]
-    step = jax.checkpoint(_attend_block, static_argnums=(5,))  # scores are recomputed in the backward pass, not kept
     parts = []
     for start in range(0, length, block):
         stop = min(start + block, length)
         seen = stop if causal else key.shape[1]
-        parts.append(
-            step(
-                query[:, start:stop],
-                key[:, :seen],
-                value[:, :seen],
-                query_segments[:, start:stop],
-                key_segments[:, :seen],
-                start if causal else None,
-            )
-        )
+        step = recomputed(functools.partial(_attend_block, offset=start if causal else None))  # scores are not kept
+        parts.append(step(query[:, start:stop], key[:, :seen], value[:, :seen], query_segments[:, start:stop], key_segments[:, :seen]))
     return parts[0] if len(parts) == 1 else Attended(*(jnp.concatenate(leaves, axis=1) for leaves in zip(*parts, strict=True)))
 
 

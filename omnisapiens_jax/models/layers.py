@@ -37,6 +37,24 @@ def shard(x: jax.Array, *names: str | None) -> jax.Array:
     return with_logical_constraint(x, names)
 
 
+def recomputed(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` of arrays, of which the backward pass keeps the arguments alone and computes the rest anew.
+
+    What `jax.checkpoint` does, as long as no other `jax.checkpoint` with a policy stands around it: that one looks inside, and keeps what
+    its policy finds there.
+    """
+
+    @jax.custom_vjp
+    def call(*arguments: Any) -> Any:
+        return function(*arguments)
+
+    def backward(arguments: tuple[Any, ...], grad: Any) -> Any:
+        return jax.vjp(function, *jax.lax.optimization_barrier(arguments))[1](grad)
+
+    call.defvjp(lambda *arguments: (function(*arguments), arguments), backward)
+    return call
+
+
 class LoraParam(nnx.Param):
     """A LoRA factor: its own type, so that a filter can split it from the frozen base."""
 
@@ -171,7 +189,7 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """`[..., D]` -> `[..., D]`."""
-        return jax.checkpoint(_rms_norm, static_argnums=2)(x, self.scale[...].astype(x.dtype), self.eps)  # cheap to do again
+        return recomputed(functools.partial(_rms_norm, eps=self.eps))(x, self.scale[...].astype(x.dtype))  # cheap to do again
 
 
 def _rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
@@ -208,7 +226,7 @@ class SwiGLU(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """`[..., D]` -> `[..., D]`."""
-        gated = jax.checkpoint(lambda gate, up: jax.nn.silu(gate) * up)  # two wide arrays are kept for the backward pass, not six
+        gated = recomputed(lambda gate, up: jax.nn.silu(gate) * up)  # two wide arrays are kept for the backward pass, not six
         return self.down_proj(gated(self.gate_proj(x), self.up_proj(x)))
 
 
