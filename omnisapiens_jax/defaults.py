@@ -54,6 +54,7 @@ def base(size: str) -> ConfigDict:
             "lora": {  # rank 0 = train every parameter
                 "rank": 0 if mini else 32,
                 "alpha": 64.0,
+                "dropout": 0.05,  # odds that a number which a factor A reads is dropped in supervised training; RL drops none
                 "stabilised": False,  # scale by alpha / sqrt(rank) (rslora) instead of alpha / rank
                 "targets": {"decoder": _DECODER, "audio": (), "vision": ()},
             },

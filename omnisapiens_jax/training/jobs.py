@@ -103,7 +103,10 @@ class Run:
         split = functools.partial(self.atlas.split, target=lesson.target, packs=True, rated=lesson.objective is SHARES)
         train = split(atlas.train, batch_size=stage.batch_size, shuffle=True, rows=lesson.rows(ROWS[stage.rows]))
         validation = split(atlas.validation, batch_size=self.config.eval_batch, shuffle=False, rows=lesson.rows())
-        state = sft.fit(stage, self.workdir / folder, self.graph, state, train, validation, self.mesh, lesson.objective)
+        lora, dropout = self.config.model.lora, None
+        if lora.dropout and lora.rank and self.config.model.trains == "thinker":
+            dropout = sft.Dropout(lora.dropout, self.config.seed)
+        state = sft.fit(stage, self.workdir / folder, self.graph, state, train, validation, self.mesh, lesson.objective, dropout)
         for part in (train, validation):
             part.tell_faults()
         return state
@@ -343,6 +346,8 @@ def check(config: ml_collections.ConfigDict, mesh: Mesh) -> None:
     if config.job == "sft" and config.sft.labels not in ("answers", "raters"):
         raise ValueError(f"unknown config.sft.labels {config.sft.labels!r}; known: answers, raters")
     trainable_filter(config.model)
+    if not 0 <= config.model.lora.dropout < 1:
+        raise ValueError(f"config.model.lora.dropout {config.model.lora.dropout} is a probability, from 0 to less than 1")
     labels = tuple(len(domain.labels) for domain in SCHEMES[config.atlas.scheme].domains)
     heads = labels if config.job in ("sft", "bam") or (config.job == "evaluate" and config.model.heads) else ()
     if tuple(config.model.heads) != heads:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
+from omnisapiens_jax.models.layers import drop_lora
 from omnisapiens_jax.parallel.mesh import put_batch
 from omnisapiens_jax.training.checkpoints import Checkpoints
 from omnisapiens_jax.training.data import Split
@@ -29,6 +31,18 @@ from omnisapiens_jax.training.state import (
 )
 
 
+@dataclasses.dataclass(frozen=True)
+class Dropout:
+    """What LoRA branches drop in training: each number that they read with odds `rate`, others in every step, as `seed` says."""
+
+    rate: float
+    seed: int
+
+    def key(self, step: jax.Array) -> jax.Array:
+        """The key of a step: a run that goes on drops what it would have dropped."""
+        return jax.random.fold_in(jax.random.key(self.seed), step)
+
+
 def fit(
     config: ml_collections.ConfigDict,
     workdir: Path,
@@ -38,6 +52,7 @@ def fit(
     validation: Split,
     mesh: Mesh,
     objective: Objective = ANSWERS,
+    dropout: Dropout | None = None,
 ) -> TrainState:
     """Trains until the validation loss has not fallen for `patience` evaluations, and returns the state of its minimum.
 
@@ -50,13 +65,15 @@ def fit(
       validation: likewise, in fixed order.
       mesh: everything lies on it.
       objective: what is minimised.
+      dropout: in training, not in validation; None drops nothing, and costs nothing.
 
     Raises:
       FloatingPointError: too many updates in a row had gradients that are not finite, or no validation loss was.
     """
     optimizer = make_optimizer(config.optim, config.steps)
     state = fresh_optimizer(state, optimizer, mesh)
-    step_fn = jax.jit(functools.partial(sft_step, graph, optimizer, config.micro_batches, objective=objective), donate_argnums=0)
+    step_fn = functools.partial(sft_step, graph, optimizer, config.micro_batches, objective=objective, dropout=dropout)
+    step_fn = jax.jit(step_fn, donate_argnums=0)
     loss_fn = jax.jit(functools.partial(loss_sum, graph, objective))
     progress: dict[str, Any] = {"best_loss": float("inf"), "best_step": 0, "finished": False}
 
@@ -99,21 +116,32 @@ def sft_step(
     state: TrainState,
     batch: dict[str, jax.Array],
     objective: Objective = ANSWERS,
+    dropout: Dropout | None = None,
 ) -> tuple[TrainState, dict[str, Any]]:
     """One update on the mean loss of what counts in `batch`."""
-    loss, count, grads = sft_gradients(graph, micro_batches, state, batch, objective)
+    loss, count, grads = sft_gradients(graph, micro_batches, state, batch, objective, dropout)
     state, metrics = apply_gradients(state, grads, optimizer)
     return state, metrics | {"loss": loss, objective.unit: count}
 
 
 def sft_gradients(
-    graph: nnx.GraphDef, micro_batches: int, state: TrainState, batch: dict[str, jax.Array], objective: Objective = ANSWERS
+    graph: nnx.GraphDef,
+    micro_batches: int,
+    state: TrainState,
+    batch: dict[str, jax.Array],
+    objective: Objective = ANSWERS,
+    dropout: Dropout | None = None,
 ) -> tuple[jax.Array, jax.Array, nnx.State]:
     """Mean loss, how many tokens or samples it is of, and the gradient of the trainable parameters."""
     total = jnp.maximum(objective.count(batch), 1)
+    if dropout is not None:
+        batch = {**batch, "dropout_key": jax.random.split(dropout.key(state.step), micro_batches)}  # one for each part
 
     def share(trainable: nnx.State, part: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        loss, count = objective.loss(nnx.merge(graph, trainable, state.frozen), part)
+        model = nnx.merge(graph, trainable, state.frozen)
+        if dropout is not None:
+            drop_lora(model, dropout.rate, part["dropout_key"][0])
+        loss, count = objective.loss(model, part)
         return loss / total, count
 
     return micro_gradients(share, state.trainable, batch, micro_batches)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from omnisapiens_jax.processing.tensors import ConversionError
 from omnisapiens_jax.resources import resource
 from omnisapiens_jax.training import jobs
 from omnisapiens_jax.training.data import Atlas
-from omnisapiens_jax.training.journal import read_metrics
+from omnisapiens_jax.training.journal import Journal, read_metrics
 from omnisapiens_jax.training.state import TrainState, create_state, thinker_config
 from tests import tiny
 from tests.checkpoints import tiny_thinker
@@ -139,6 +139,36 @@ def test_a_finished_stage_is_not_run_again(first: tuple[Path, world.World, Train
     with on_mesh(here.mesh):
         again = here.run(folder).fit(here.config.sft, "sft", jax.tree.map(jnp.copy, here.state), jobs.LABELS)
     assert (folder / "sft" / "metrics.jsonl").read_bytes() == before
+    jax.tree.map(np.testing.assert_array_equal, again.trainable, state.trainable)
+
+
+class Killed(BaseException):
+    """Nothing in the package catches it."""
+
+
+def test_a_stage_that_goes_on_drops_what_it_would_have_dropped(
+    first: tuple[Path, world.World, TrainState, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """LoRA dropout is on, and the run is killed behind a checkpoint: the same losses and factors, bit for bit."""
+    folder, here, state, _ = first
+    assert here.config.model.lora.dropout > 0
+    write = Journal.write
+
+    def deadly(self: Journal, step: int, metrics: Mapping[str, Any]) -> dict[str, float]:
+        if step == 3:
+            raise Killed
+        return write(self, step, metrics)
+
+    def fit() -> TrainState:
+        with on_mesh(here.mesh):
+            return here.run(tmp_path).fit(here.config.sft, "sft", jax.tree.map(jnp.copy, here.state), jobs.LABELS)
+
+    monkeypatch.setattr(Journal, "write", deadly)
+    with pytest.raises(Killed):
+        fit()
+    monkeypatch.setattr(Journal, "write", write)
+    again, losses = fit(), ([row["loss"] for row in read_metrics(where / "sft" / "metrics.jsonl")] for where in (folder, tmp_path))
+    assert len({tuple(rows) for rows in losses}) == 1
     jax.tree.map(np.testing.assert_array_equal, again.trainable, state.trainable)
 
 
