@@ -41,6 +41,7 @@ from omnisapiens_jax.training.adapt import adapt
 from omnisapiens_jax.training.data import QUARANTINE, Atlas, Rows, Split, rows_of_kind
 from omnisapiens_jax.training.journal import Bar, Compilations, console, read_metrics
 from omnisapiens_jax.training.losses import ANSWERS, CLASSES, SHARES, Objective
+from omnisapiens_jax.training.selection import BY_LOSS, CRITERIA, Selection
 from omnisapiens_jax.training.state import (
     TrainState,
     create_state,
@@ -106,7 +107,8 @@ class Run:
         lora, dropout = self.config.model.lora, None
         if lora.dropout and lora.rank and self.config.model.trains == "thinker":
             dropout = sft.Dropout(lora.dropout, self.config.seed)
-        state = sft.fit(stage, self.workdir / folder, self.graph, state, train, validation, self.mesh, lesson.objective, dropout)
+        selection = Selection(stage.best) if lesson.by_heads else BY_LOSS
+        state = sft.fit(stage, self.workdir / folder, self.graph, state, train, validation, self.mesh, lesson.objective, dropout, selection)
         for part in (train, validation):
             part.tell_faults()
         return state
@@ -325,6 +327,8 @@ def check(config: ml_collections.ConfigDict, mesh: Mesh) -> None:
             raise ValueError("config.atlas.batches packed is not for bam: descriptors belong to a row; choose homogeneous or mixed")
         if config.bam.cached and (config.atlas.training.audio_dropout or config.atlas.training.video_dropout):
             raise ValueError("config.atlas.training withholds media, but states are computed once: set config.bam.cached=False")
+    if config.job == "sft":
+        wanted += [("sft.labels", config.sft.labels, ("answers", "raters")), ("sft.best", config.sft.best, CRITERIA)]
     for name, value, known in wanted:
         if value not in known:
             raise ValueError(f"unknown config.{name} {value!r}; known: {', '.join(known)}")
@@ -343,8 +347,6 @@ def check(config: ml_collections.ConfigDict, mesh: Mesh) -> None:
                 f"(data x fsdp) or the {parts} micro-batches: make it a multiple of {updates * math.lcm(ways, parts)}"
             )
     PlanConfig(batch_size=1, **config.atlas.training)
-    if config.job == "sft" and config.sft.labels not in ("answers", "raters"):
-        raise ValueError(f"unknown config.sft.labels {config.sft.labels!r}; known: answers, raters")
     trainable_filter(config.model)
     if not 0 <= config.model.lora.dropout < 1:
         raise ValueError(f"config.model.lora.dropout {config.model.lora.dropout} is a probability, from 0 to less than 1")

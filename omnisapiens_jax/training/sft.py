@@ -1,4 +1,4 @@
-"""Supervised fine-tuning, on responses or on classes, media really fed, to the minimum of the validation loss."""
+"""Supervised fine-tuning, on responses or on classes, media really fed, to the minimum of the validation loss or the best of a metric."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from omnisapiens_jax.parallel.mesh import put_batch
 from omnisapiens_jax.training.checkpoints import Checkpoints
 from omnisapiens_jax.training.data import Split
 from omnisapiens_jax.training.journal import Bar, Journal, console
-from omnisapiens_jax.training.losses import ANSWERS, Objective, mean
+from omnisapiens_jax.training.losses import ANSWERS, Objective, confusion
+from omnisapiens_jax.training.selection import BY_LOSS, Selection
 from omnisapiens_jax.training.state import (
     TrainState,
     apply_gradients,
@@ -53,8 +54,11 @@ def fit(
     mesh: Mesh,
     objective: Objective = ANSWERS,
     dropout: Dropout | None = None,
+    selection: Selection = BY_LOSS,
 ) -> TrainState:
     """Trains until the validation loss has not fallen for `patience` evaluations, and returns the state of its minimum.
+
+    Likewise until a metric has not risen, where the best state is selected by one.
 
     Args:
       config: the stage's part of the run's config (`config.sft`).
@@ -66,16 +70,17 @@ def fit(
       mesh: everything lies on it.
       objective: what is minimised.
       dropout: in training, not in validation; None drops nothing, and costs nothing.
+      selection: what the best state is; by a metric only where classes are learnt.
 
     Raises:
-      FloatingPointError: too many updates in a row had gradients that are not finite, or no validation loss was.
+      FloatingPointError: too many updates in a row had gradients that are not finite, or what the best state is selected by never was.
     """
     optimizer = make_optimizer(config.optim, config.steps)
     state = fresh_optimizer(state, optimizer, mesh)
     step_fn = functools.partial(sft_step, graph, optimizer, config.micro_batches, objective=objective, dropout=dropout)
     step_fn = jax.jit(step_fn, donate_argnums=0)
-    loss_fn = jax.jit(functools.partial(loss_sum, graph, objective))
-    progress: dict[str, Any] = {"best_loss": float("inf"), "best_step": 0, "finished": False}
+    sums_fn = jax.jit(functools.partial(loss_sum if selection == BY_LOSS else class_sums, graph, objective))
+    progress: dict[str, Any] = {"best": selection.worst, "best_step": 0, "finished": False}
 
     with Checkpoints(workdir / "best", keep=1) as best, Checkpoints(workdir / "state") as checkpoints:
         if checkpoints.latest is not None:
@@ -86,26 +91,26 @@ def fit(
                 state, metrics = step_fn(state, put_batch(batch, mesh))
                 metrics |= train.pipeline.fault_metrics()
                 if (step + 1) % config.eval_every == 0 or step + 1 == config.steps:
-                    metrics["validation_loss"] = validation_loss(loss_fn, state, validation, mesh)
-                    if metrics["validation_loss"] < progress["best_loss"]:
-                        progress |= {"best_loss": metrics["validation_loss"], "best_step": step + 1}
+                    metrics |= validate(sums_fn, state, validation, mesh, selection)
+                    if selection.better(metrics[selection.key], progress["best"]):
+                        progress |= {"best": metrics[selection.key], "best_step": step + 1}
                         best.save(step + 1, state, progress)
                     waited = (step + 1 - progress["best_step"]) // config.eval_every
                     progress["finished"] = waited >= config.patience or step + 1 == config.steps
                 written = journal.write(step, metrics)
                 check_finite(step, written)
-                if "validation_loss" in metrics:
+                if selection.key in metrics:
                     checkpoints.save(step + 1, state, progress)  # after the line of this step, which a kill in between would lose
-                bar.advance(loss=written["loss"], best=progress["best_loss"])
+                bar.advance(loss=written["loss"], best=progress["best"])
                 if progress["finished"]:
                     break
         if best.latest is None:
             raise FloatingPointError(
-                f"the validation loss was never finite in {int(state.step)} steps, so no state is the best one: start again with a lower "
-                "optim.lr, or look for a broken sample in the validation split"
+                f"the validation {selection.by} was never finite in {int(state.step)} steps, so no state is the best one: start again with "
+                "a lower optim.lr, or look for a broken sample in the validation split"
             )
         state, progress = best.restore(state)
-    console.print(f"SFT: validation loss {progress['best_loss']:.4f} at step {progress['best_step']}")
+    console.print(f"SFT: validation {selection.by} {progress['best']:.4f} at step {progress['best_step']}")
     return state
 
 
@@ -152,7 +157,13 @@ def loss_sum(graph: nnx.GraphDef, objective: Objective, params: nnx.State, batch
     return objective.loss(nnx.merge(graph, params), batch)
 
 
-def validation_loss(loss_fn: Any, state: TrainState, validation: Split, mesh: Mesh) -> float:
-    """Mean loss over everything that counts in the validation split."""
+def class_sums(graph: nnx.GraphDef, objective: Objective, params: nnx.State, batch: dict[str, jax.Array]) -> tuple[jax.Array, ...]:
+    """As `loss_sum`, of a model of classes, and the `confusion` of the batch."""
+    logits = nnx.merge(graph, params)(batch)
+    return *objective.loss(lambda _: logits, batch), confusion(logits, batch["label"])
+
+
+def validate(sums_fn: Any, state: TrainState, validation: Split, mesh: Mesh, selection: Selection) -> dict[str, float]:
+    """What `Selection.validate` finds over everything that counts in the validation split."""
     params, batches = parameters(state), validation.batches(0, validation.steps_per_epoch)
-    return mean(loss_fn(params, put_batch(batch, mesh)) for _, batch in batches)
+    return selection.validate(sums_fn(params, put_batch(batch, mesh)) for _, batch in batches)

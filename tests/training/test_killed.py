@@ -203,6 +203,6 @@ def test_gradients_that_are_not_finite(here: world.World, tmp_path: Path, monkey
 
 def test_a_validation_loss_that_is_never_finite(here: world.World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = world.config(atlas__buckets=1)
-    monkeypatch.setattr(sft, "validation_loss", lambda *_: float("nan"))
+    monkeypatch.setattr(sft, "validate", lambda *_: {"validation_loss": float("nan")})
     with on_mesh(here.mesh), pytest.raises(FloatingPointError, match="the validation loss was never finite in 4 steps"):
         here.run(tmp_path).fit(made.warm_start, "warm_start", jax.tree.map(jnp.copy, here.state))
