@@ -23,6 +23,7 @@ from omnisapiens_jax.atlas.plan import Index
 from omnisapiens_jax.atlas.recipe import lower_answer
 from omnisapiens_jax.atlas.sources import Source, open_source
 from omnisapiens_jax.convert.behaviour import write_behaviour, write_tail
+from omnisapiens_jax.convert.label_files import write_labels
 from omnisapiens_jax.convert.loading import fill_parts
 from omnisapiens_jax.convert.parts import AdapterShape
 from omnisapiens_jax.evaluation.answers import load_answers
@@ -208,6 +209,8 @@ def _adapt_task(run: Adapting, task: str, groups: Sequence[Group], *, everything
         if jax.process_index() == 0:
             folder.mkdir(parents=True, exist_ok=True)
             write_behaviour(folder, learner.behaviour, learner.heads)
+            if learner.heads is not None:
+                write_labels(folder, HBA)
             if learner.tail is not None:
                 write_tail(folder, run.classifier.thinker.config, learner.tail.block, learner.tail.lm_head)
         if task == "cls":

@@ -22,6 +22,7 @@ from omnisapiens_jax.atlas.labels import SCHEMES
 from omnisapiens_jax.atlas.plan import Index, Mode, PlanConfig
 from omnisapiens_jax.atlas.recipe import Target, lower_answer, target_text
 from omnisapiens_jax.atlas.schema import task_kind
+from omnisapiens_jax.convert.label_files import domains_of
 from omnisapiens_jax.evaluation.answers import Answer, accuracy, evaluations, load_answers, save_answers
 from omnisapiens_jax.evaluation.classify import Predict, by_heads
 from omnisapiens_jax.evaluation.compare import compare, open_run
@@ -355,6 +356,14 @@ def check(config: ml_collections.ConfigDict, mesh: Mesh) -> None:
     if tuple(config.model.heads) != heads:
         where = f"a run of the job {config.job} with config.atlas.scheme {config.atlas.scheme}"
         raise ValueError(f"config.model.heads {tuple(config.model.heads)} must be {heads} in {where}")
+    if heads and config.model.weights:
+        theirs = domains_of(open_weights(config.model.weights))
+        if theirs not in (None, SCHEMES[config.atlas.scheme].domains):
+            told = "; ".join(f"{domain.name}: {', '.join(domain.labels)}" for domain in theirs or ())
+            raise ValueError(
+                f"the heads of {config.model.weights} are for other classes, or in another order, than those of config.atlas.scheme "
+                f"{config.atlas.scheme}: they are for {told}"
+            )
     if config.job == "bam" and config.blanked:
         raise ValueError("config.blanked is not for bam, whose answers are compared without descriptors and with another sample's")
     if (config.model.trains == "lm_head") != (config.job == "qa"):
