@@ -21,6 +21,7 @@ def get_config(size: str = "mini") -> ConfigDict:
             "eval_every": 50 if mini else 57,
             "best": "loss",  # what the best state is selected by; or a metric of its classes: accuracy, micro_f1, macro_f1, ...
             "patience": 4,  # evaluations without a new best
+            "cached": False,  # what frozen towers give is computed once and kept on disk: 2 bytes x width x tokens of each row in bfloat16
             "optim": defaults.optimizer(schedule="cosine", warmup=50, lr=1e-3 if mini else 1e-4, weight_decay=0.0, clip=0.0),
         }
     )

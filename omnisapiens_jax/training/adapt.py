@@ -159,7 +159,7 @@ class Material:
         """Batches of some datasets' rows of a split: shuffled, in `batch_size` rows, to `train`; else in order."""
         kept = self.states.get(name)
         split = self.run.split(name, datasets, self.task, None if kept is None else kept.ids, train=train)
-        return Feed(split, kept, self.descriptors[name])
+        return Feed(dataclasses.replace(split, kept=kept), self.descriptors[name])
 
     def modalities(self, group: Group) -> list[str]:
         """Those that the run wants and some training sample of a group has."""
@@ -216,7 +216,7 @@ def _adapt_task(run: Adapting, task: str, groups: Sequence[Group], *, everything
         if task == "cls":
             _evaluate(run, group, folder, material.feed(atlas.test, group.datasets), *_by_heads(material, learner))
         else:
-            _evaluate(run, group, folder, Feed(run.prompts(group.datasets), None, material.descriptors[atlas.test]), *_greedy(run, learner))
+            _evaluate(run, group, folder, Feed(run.prompts(group.datasets), material.descriptors[atlas.test]), *_greedy(run, learner))
 
 
 def _rows(datasets: Sequence[str], ids: np.ndarray | None) -> Callable[[Index], np.ndarray]:

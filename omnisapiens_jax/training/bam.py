@@ -31,7 +31,7 @@ from omnisapiens_jax.processing.descriptors.batch import DescriptorConfig
 from omnisapiens_jax.processing.descriptors.read import AUDIO_WIDTH, FRAME_WIDTH, LOW_LEVEL_WIDTH, VIDEO_WIDTH
 from omnisapiens_jax.training.checkpoints import Checkpoints
 from omnisapiens_jax.training.data import Split
-from omnisapiens_jax.training.frozen import FrozenStates, Site
+from omnisapiens_jax.training.frozen import Site
 from omnisapiens_jax.training.journal import Bar, Journal, console
 from omnisapiens_jax.training.losses import CLASSES, class_loss, confusion
 from omnisapiens_jax.training.selection import BY_LOSS, CRITERIA, Selection
@@ -303,14 +303,12 @@ class Feed:
     """The batches of a split for a learner: states, or what the thinker makes them of, and descriptors of what its plan names.
 
     Attributes:
-      split: the rows.
-      states: theirs; None: the thinker computes them, every time.
-      descriptors: likewise.
+      split: the rows, with kept states; without, the thinker computes them, every time.
+      descriptors: of the rows.
       given: whose descriptors samples get that do not get their own, -1: nobody's.
     """
 
     split: Split
-    states: FrozenStates | None
     descriptors: Descriptors
     given: Mapping[int, int] = dataclasses.field(default_factory=dict)
 
@@ -321,15 +319,9 @@ class Feed:
 
     def batches(self, start: int, stop: int) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
         """(step, this host's rows of its batch) of steps `start` to `stop - 1`; `index [B]` are their ids."""
-        for step, batch in self.split.pipeline.batches(start, stop) if self.states is None else self._kept(self.states, start, stop):
+        for step, batch in self.split.batches(start, stop):
             given = [self.given.get(sample, sample) for sample in batch["index"].tolist()]
             yield step, {**batch, **self.descriptors.batch(np.asarray(given, np.int64))}
-
-    def _kept(self, states: FrozenStates, start: int, stop: int) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
-        for step in range(start, stop):
-            planned = self.planner[step]
-            ids = planned.ids[self.split.pipeline.host]
-            yield step, {**states.batch(ids, planned.bucket.tokens), "index": ids}
 
 
 def loss_sum(

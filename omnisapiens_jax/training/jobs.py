@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from omnisapiens_jax import defaults
+from omnisapiens_jax import defaults, resources
 from omnisapiens_jax.atlas.faults import Policy
 from omnisapiens_jax.atlas.labels import SCHEMES
 from omnisapiens_jax.atlas.plan import Index, Mode, PlanConfig
@@ -39,7 +39,8 @@ from omnisapiens_jax.rl.rewards import RewardConfig
 from omnisapiens_jax.rl.similarity import Similarity
 from omnisapiens_jax.training import bam, rl, sft
 from omnisapiens_jax.training.adapt import adapt
-from omnisapiens_jax.training.data import QUARANTINE, Atlas, Rows, Split, rows_of_kind
+from omnisapiens_jax.training.data import QUARANTINE, Atlas, Rows, Split, rows_among, rows_of_kind
+from omnisapiens_jax.training.frozen import FrozenStates, Site, encode
 from omnisapiens_jax.training.journal import Bar, Compilations, console, read_metrics
 from omnisapiens_jax.training.losses import ANSWERS, CLASSES, SHARES, Objective
 from omnisapiens_jax.training.selection import BY_LOSS, CRITERIA, Selection
@@ -52,6 +53,7 @@ from omnisapiens_jax.training.state import (
     open_weights,
     parameters,
     thinker_config,
+    thinker_of,
     trainable_filter,
 )
 
@@ -101,10 +103,7 @@ class Run:
 
     def fit(self, stage: ml_collections.ConfigDict, folder: str, state: TrainState, lesson: Lesson = RESPONSES) -> TrainState:
         """Supervised training on the rows the stage names."""
-        atlas = self.config.atlas
-        split = functools.partial(self.atlas.split, target=lesson.target, packs=True, rated=lesson.objective is SHARES)
-        train = split(atlas.train, batch_size=stage.batch_size, shuffle=True, rows=lesson.rows(ROWS[stage.rows]))
-        validation = split(atlas.validation, batch_size=self.config.eval_batch, shuffle=False, rows=lesson.rows())
+        train, validation = self.splits(stage, state, lesson)
         lora, dropout = self.config.model.lora, None
         if lora.dropout and lora.rank and self.config.model.trains == "thinker":
             dropout = sft.Dropout(lora.dropout, self.config.seed)
@@ -113,6 +112,31 @@ class Run:
         for part in (train, validation):
             part.tell_faults()
         return state
+
+    def splits(self, stage: ml_collections.ConfigDict, state: TrainState, lesson: Lesson) -> tuple[Split, Split]:
+        """What a stage is trained and validated on, with what frozen towers give where it is to be kept."""
+        atlas = self.config.atlas
+        split = functools.partial(self.atlas.split, target=lesson.target, packs=True, rated=lesson.objective is SHARES)
+        parts = []
+        for name, size, shuffle, rows in (
+            (atlas.train, stage.batch_size, True, lesson.rows(ROWS[stage.rows])),
+            (atlas.validation, self.config.eval_batch, False, lesson.rows()),
+        ):
+            make = functools.partial(split, name, batch_size=size, shuffle=shuffle)
+            part = make(rows=rows)
+            if stage.cached:
+                again = functools.partial(split, name, batch_size=self.config.eval_batch, shuffle=False)
+                kept = self._embeddings(state, part, lambda ids, again=again, rows=rows: again(rows=rows_among(ids, rows)))
+                whole = len(kept.ids) == len(part.pipeline.planner.index)
+                part = dataclasses.replace(part if whole else make(rows=rows_among(kept.ids, rows)), kept=kept)
+            parts.append(part)
+        return parts[0], parts[1]
+
+    def _embeddings(self, state: TrainState, split: Split, again: Callable[[np.ndarray], Split]) -> FrozenStates:
+        """What the decoder reads of a split's samples: frozen towers are run over each of them once; see `encode`."""
+        thinker = thinker_of(nnx.merge(self.graph, parameters(state)))
+        site = Site("embeddings", 0, thinker.config.text.hidden_size, np.dtype(thinker.decoder.dtype))
+        return encode(site, *nnx.split(thinker), split, again, self.mesh, resources.cache() / "states")
 
     def generator(self, rollouts: int, temperature: float) -> Generator:
         """A sampler for this run's thinker."""
@@ -328,6 +352,18 @@ def check(config: ml_collections.ConfigDict, mesh: Mesh) -> None:
             raise ValueError("config.atlas.batches packed is not for bam: descriptors belong to a row; choose homogeneous or mixed")
         if config.bam.cached and (config.atlas.training.audio_dropout or config.atlas.training.video_dropout):
             raise ValueError("config.atlas.training withholds media, but states are computed once: set config.bam.cached=False")
+    if cached := [name for name in stages if name != "rl" and config[name].cached]:
+        lora, trained = config.model.lora, ""
+        if config.model.trains != "lm_head":
+            trained = "every parameter" if not lora.rank else ", ".join(tower for tower in ("audio", "vision") if lora.targets[tower])
+        if trained:
+            raise ValueError(
+                f"config.{cached[0]}.cached keeps what frozen towers give, but {trained} is trained: it is for LoRA on the decoder alone"
+            )
+        if config.atlas.training.audio_dropout or config.atlas.training.video_dropout:
+            raise ValueError(f"config.atlas.training withholds media, but they are encoded once: set config.{cached[0]}.cached=False")
+        if config.atlas.batches == "packed":
+            raise ValueError(f"config.{cached[0]}.cached keeps rows of one sample: config.atlas.batches homogeneous or mixed, not packed")
     if config.job == "sft":
         wanted += [("sft.labels", config.sft.labels, ("answers", "raters")), ("sft.best", config.sft.best, CRITERIA)]
     for name, value, known in wanted:
