@@ -36,6 +36,10 @@ QUARANTINE = "quarantine.jsonl"  # in a run's folder
 Rows = Callable[[Index], np.ndarray]  # [N] bool: which samples of a split take part
 
 
+class NoRows(ValueError):
+    """Nothing of a split is left for a stage."""
+
+
 def rows_of_kind(kind: str, rows: Rows | None = None) -> Rows:
     """Those of `rows` (of all) whose task is `cls`, one of a list of labels, or `qa`, free text."""
 
@@ -165,6 +169,9 @@ class Atlas:
           packs: rows without a target are packed too where the config says so, as heads can read them; a sampler takes one prompt a row,
             here in batches of one signature.
           rated: batches know what the raters of each sample said.
+
+        Raises:
+          NoRows: no sample takes part.
         """
         atlas, compat = self._config.atlas, self._config.compat
         source = self.source(name) if transcripts else WithoutTranscripts(self.source(name))
@@ -207,7 +214,7 @@ class Atlas:
                 f"{self._quarantine or 'a list of them'}, tell which: mend these, or leave them out with --config.atlas.quarantine=FILE"
             )
         if not len(index):
-            raise ValueError(f"{self.root / name}: of {len(source)} rows {len(faults)} cannot be used, and none is left for this stage")
+            raise NoRows(f"{self.root / name}: of {len(source)} rows {len(faults)} cannot be used, and none is left for this stage")
         mode = "homogeneous" if atlas.batches == "packed" and target is None and not packs else atlas.batches
         plan = PlanConfig(batch_size, hosts=jax.process_count(), seed=self._config.seed, mode=mode, shuffle=shuffle)
         if shuffle:

@@ -21,7 +21,6 @@ from omnisapiens_jax.atlas.faults import Policy
 from omnisapiens_jax.atlas.labels import SCHEMES
 from omnisapiens_jax.atlas.plan import Index, Mode, PlanConfig
 from omnisapiens_jax.atlas.recipe import Target, lower_answer, target_text
-from omnisapiens_jax.atlas.schema import task_kind
 from omnisapiens_jax.convert.label_files import domains_of
 from omnisapiens_jax.evaluation.answers import Answer, accuracy, evaluations, load_answers, save_answers
 from omnisapiens_jax.evaluation.classify import Predict, by_heads
@@ -39,7 +38,7 @@ from omnisapiens_jax.rl.rewards import RewardConfig
 from omnisapiens_jax.rl.similarity import Similarity
 from omnisapiens_jax.training import bam, rl, sft
 from omnisapiens_jax.training.adapt import adapt
-from omnisapiens_jax.training.data import QUARANTINE, Atlas, Rows, Split, rows_among, rows_of_kind
+from omnisapiens_jax.training.data import QUARANTINE, Atlas, NoRows, Rows, Split, rows_among, rows_of_kind
 from omnisapiens_jax.training.frozen import FrozenStates, Site, encode
 from omnisapiens_jax.training.journal import Bar, Compilations, console, read_metrics
 from omnisapiens_jax.training.losses import ANSWERS, CLASSES, SHARES, Objective
@@ -171,6 +170,7 @@ class Run:
         Kept in `evaluation-NAME.json`, and made only once. A run that was killed meanwhile goes on with the first batch that it lacks.
         """
         path = self.workdir / f"evaluation-{name}.json"
+        told = name if lesson.kind is None else f"{name} ({'labels' if lesson.by_heads else 'free-form answers'})"
         if not path.exists():
             source, params = split.source, parameters(state)
             if lesson.by_heads:
@@ -179,13 +179,13 @@ class Run:
                 thinker = params["thinker"] if self.config.model.heads else params
                 ask, view = greedy(self.greedy, source, self.atlas.tokenizer), self.greedy.view(thinker)
                 how = repr(self.greedy.sampling)
-            with Bar(f"evaluating {name}", total=split.steps_per_epoch) as bar:
+            with Bar(f"evaluating {told}", total=split.steps_per_epoch) as bar:
                 answers = answer_all(ask, view, split.pipeline, source, self.mesh, path, how=how, without=without, progress=bar.reach)
             split.tell_faults()
         else:
             answers = load_answers(path)
         bad = f"; {len(split.pipeline.faults)} rows could not be used" if split.pipeline.faults and not split.zero else ""
-        console.print(f"held-out accuracy {name}: {accuracy(answers):.3f} on {len(answers)} samples{bad}")
+        console.print(f"held-out accuracy {told}: {accuracy(answers):.3f} on {len(answers)} samples{bad}")
         return answers
 
     def ablations(self, name: str, state: TrainState, held_out: Split, lesson: Lesson = RESPONSES) -> None:
@@ -268,14 +268,15 @@ def _supervised(run: Run, state: TrainState, *, lesson: Lesson) -> None:
 
 def _evaluate(run: Run, state: TrainState) -> None:
     """Heads answer the rows that have a label, the language model all others; without heads it answers all of them."""
-    lessons = [RESPONSES]
-    if run.config.model.heads:
-        index = run.held_out().pipeline.planner.index
-        kinds = {task_kind(index.task_names[task]) for task in np.unique(index.tasks)}
-        lessons = [lesson for lesson in (LABELS, FREE_FORM) if lesson.kind in kinds]
-    parts = [run if len(lessons) == 1 else dataclasses.replace(run, workdir=run.workdir / str(lesson.kind)) for lesson in lessons]
-    for part, lesson in zip(parts, lessons, strict=True):
-        held_out = part.held_out(lesson)
+    splits: dict[Lesson, Split] = {}
+    for lesson in (LABELS, FREE_FORM) if run.config.model.heads else (RESPONSES,):
+        try:
+            splits[lesson] = run.held_out(lesson)
+        except NoRows:
+            if lesson is not LABELS and not splits:
+                raise
+    parts = [run if len(splits) == 1 else dataclasses.replace(run, workdir=run.workdir / str(lesson.kind)) for lesson in splits]
+    for part, (lesson, held_out) in zip(parts, splits.items(), strict=True):
         part.evaluate("checkpoint", state, held_out, lesson)
         part.ablations("checkpoint", state, held_out, lesson)
     if len(parts) > 1 and jax.process_index() == 0:
