@@ -36,6 +36,7 @@ def get_config(size: str = "mini") -> ConfigDict:
             "batch_size": 32,
             "micro_batches": 1,
             "epochs": 4,  # 0 evaluates what the weights bring
+            "best": "loss",  # what the best epoch is selected by; for classes also a metric of these: accuracy, micro_f1, macro_f1, ...
             "lr": 1e-4,  # of heads, or of the last block and the LM head
             "adapter_lr": 5e-4,
             "cached": True,  # states of the frozen thinker are computed once and kept on disk

@@ -20,6 +20,7 @@ def get_config(size: str = "mini") -> ConfigDict:
             "steps": 300 if mini else 5000,
             "eval_every": 50 if mini else 250,
             "patience": 4,  # evaluations without a new minimum
+            "cached": False,  # what frozen towers give is computed once and kept on disk: 2 bytes x width x tokens of each row in bfloat16
             "optim": defaults.optimizer(schedule="cosine", warmup=50, lr=1e-3 if mini else 1e-4, weight_decay=0.0, clip=0.0),
         }
     )

@@ -19,7 +19,9 @@ def get_config(size: str = "mini") -> ConfigDict:
             "micro_batches": 1 if mini else 128,
             "steps": 500 if mini else 570,  # of the whole atlas: five epochs
             "eval_every": 50 if mini else 57,
-            "patience": 4,  # evaluations without a new minimum
+            "best": "loss",  # what the best state is selected by; or a metric of its classes: accuracy, micro_f1, macro_f1, ...
+            "patience": 4,  # evaluations without a new best
+            "cached": False,  # what frozen towers give is computed once and kept on disk: 2 bytes x width x tokens of each row in bfloat16
             "optim": defaults.optimizer(schedule="cosine", warmup=50, lr=1e-3 if mini else 1e-4, weight_decay=0.0, clip=0.0),
         }
     )

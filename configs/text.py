@@ -23,7 +23,9 @@ def get_config(size: str = "mini") -> ConfigDict:
             "micro_batches": 1,
             "steps": 700,  # ten epochs
             "eval_every": 70,
-            "patience": 3,  # evaluations without a new minimum
+            "best": "loss",  # what the best state is selected by; or a metric of its classes: accuracy, micro_f1, macro_f1, ...
+            "patience": 3,  # evaluations without a new best
+            "cached": False,  # what frozen towers give is computed once and kept on disk: 2 bytes x width x tokens of each row in bfloat16
             "optim": defaults.optimizer(schedule="cosine", warmup=70, lr=2e-3, weight_decay=0.1),
         }
     )

@@ -54,6 +54,7 @@ def base(size: str) -> ConfigDict:
             "lora": {  # rank 0 = train every parameter
                 "rank": 0 if mini else 32,
                 "alpha": 64.0,
+                "dropout": 0.05,  # odds that a number which a factor A reads is dropped in supervised training; RL drops none
                 "stabilised": False,  # scale by alpha / sqrt(rank) (rslora) instead of alpha / rank
                 "targets": {"decoder": _DECODER, "audio": (), "vision": ()},
             },
@@ -149,6 +150,7 @@ def supervised(size: str) -> ConfigDict:
             "steps": 500 if mini else 3000,
             "eval_every": 50,
             "patience": 4,  # evaluations without a new minimum
+            "cached": False,  # what frozen towers give is computed once and kept on disk: 2 bytes x width x tokens of each row in bfloat16
             "optim": optimizer(schedule="cosine", **({"lr": 1e-3, "warmup": 50} if mini else {"lr": 1e-4, "warmup": 10, "b2": 0.95})),
         }
     )

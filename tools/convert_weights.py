@@ -41,6 +41,7 @@ from rich.text import Text
 from omnisapiens_jax.convert import checkpoint, huggingface, peft, verify
 from omnisapiens_jax.convert.hub import resolve
 from omnisapiens_jax.convert.kinds import open_source
+from omnisapiens_jax.convert.label_files import write_companions
 from omnisapiens_jax.convert.names import Mapping as Row
 from omnisapiens_jax.convert.names import lora_mappings, mappings
 from omnisapiens_jax.convert.parts import ADAPTERS, HEADS, OURS
@@ -80,7 +81,7 @@ def _import(options: argparse.Namespace, console: Console) -> int:
         return 0
     with _writing(options, source.files, console) as (folder, journal, progress):
         manifest = checkpoint.write_checkpoint(source, folder, journal, dtype=dtype, progress=progress)
-        companions = huggingface.copy_companions(source.companions, folder)
+        companions = write_companions(source, folder)
     kept = f", LoRA of rank {source.lora.config.rank}" if source.lora else ""
     _done(options.target, f"{manifest['parameters']:,} parameters in {', '.join(manifest['dtypes'])}{kept}", companions, console)
     return 0
@@ -121,7 +122,7 @@ def _export(options: argparse.Namespace, console: Console) -> int:
             huggingface.write_omni(source, omni, folder, journal, progress=progress)
         else:
             huggingface.write_thinker(source, folder, journal, shard_bytes=shard_bytes, layout=layout, progress=progress)
-        companions = huggingface.copy_companions(source.companions, folder)
+        companions = write_companions(source, folder)
         parts = [file for file in (HEADS, ADAPTERS) if (folder / file).is_file()]
     what = "LoRA factors for PEFT" if options.peft else "a full Omni model" if omni else "a thinker"
     _done(options.target, what, [*parts, *companions], console)
@@ -202,6 +203,8 @@ def _plan(
     _print_table(("theirs", "ours", "shape", "dtype"), lines)
     held = Counter(map(place, source.parts))
     copied = {name: f"copied from {folder}" for folder in beside for name in huggingface.companions(folder)}
+    if source.scheme is not None:
+        copied[huggingface.LABELS] = "what the classes of the heads are called"
     _print_table(("file", "what is in it"), [*files, *((file, f"{count} tensors") for file, count in held.items()), *copied.items()])
 
 

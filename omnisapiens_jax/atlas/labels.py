@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -79,6 +80,37 @@ class LabelScheme:
     @cached_property
     def _datasets(self) -> dict[str, Dataset]:
         return {dataset.name: dataset for dataset in self.datasets}
+
+    def released(self) -> dict[str, Any]:
+        """The content of the published label file (`unified_label_map.json`, beside released heads `label_scheme.json`).
+
+        The heads are in the order of `meta.global_classes`. When it was made, and what its makers noted about four labels, is left out.
+        """
+        own = sorted((dataset for dataset in self.datasets if dataset.domain is not None), key=lambda dataset: dataset.name)
+        detail = {
+            f"{dataset.name}_{label}": {
+                "domain": dataset.domain,
+                "unified_label": label,
+                "global_index": self.mapping[f"{dataset.name}_{label}"],
+                "notes": "",
+            }
+            for dataset in own
+            for label in sorted(dataset.labels)
+        }
+        heads = {domain.name: self.head_classes(i) for i, domain in enumerate(self.domains)}
+        return {
+            "label_mapping": {key: entry["global_index"] for key, entry in detail.items()},
+            "num_classes": len(self.classes),
+            "datasets": [dataset.name for dataset in own],
+            "dataset_labels": {dataset.name: sorted(dataset.labels) for dataset in own},
+            "meta": {
+                "excluded_qa_datasets": sorted(dataset.name for dataset in self.datasets if dataset.domain is None),
+                "domains": {domain.name: [*domain.labels] for domain in self.domains},
+                "dataset_domain": {dataset.name: dataset.domain for dataset in own},
+                "global_classes": {name: [{"index": i, "label": self.classes[i][1]} for i in places] for name, places in heads.items()},
+                "unified_detail": detail,
+            },
+        }
 
     def dataset(self, name: str) -> Dataset:
         """The dataset of that name. Raises `KeyError` that lists the known ones."""

@@ -33,6 +33,7 @@ from omnisapiens_jax.processing.tensors import (
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 RECEIPT = "conversion_manifest.json"
 PREFIX = "thinker."
+LABELS = "label_scheme.json"  # what the classes of released heads are called
 COMPANIONS = (  # what stands beside the weights and must stay with them: vocabulary, prompt, settings of the processor and of generation
     "tokenizer.json",
     "tokenizer.model",
@@ -46,7 +47,7 @@ COMPANIONS = (  # what stands beside the weights and must stay with them: vocabu
     "preprocessor_config.json",
     "processor_config.json",
     "generation_config.json",
-    "label_scheme.json",
+    LABELS,
 )
 SPEECH = ("talker.", "token2wav.")  # the parts of a full Omni checkpoint that speak
 VOICES = "spk_dict.pt"  # what the talker speaks with, beside the weights of a full Omni model

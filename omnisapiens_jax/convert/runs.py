@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from omnisapiens_jax.atlas.labels import SCHEMES
 from omnisapiens_jax.convert.checkpoint import stored_tensors
 from omnisapiens_jax.convert.names import Mapping, lora_mappings, mappings
 from omnisapiens_jax.convert.source import Lora, Source
@@ -45,9 +46,10 @@ def open_stage(path: Path, open_base: Callable[[str], Source]) -> Source:
     """
     state = _newest(path) / "state"
     try:
-        model = json.loads((path.parent / CONFIG).read_text())["model"]
+        run = json.loads((path.parent / CONFIG).read_text())
+        model = run["model"]
         weights, preset, lora, labels = str(model["weights"]), str(model["preset"]), model["lora"], tuple(map(int, model["heads"]))
-        only_head = model["trains"] == "lm_head"
+        only_head, scheme = model["trains"] == "lm_head", SCHEMES[run["atlas"]["scheme"]] if labels else None
         made = LoraConfig(lora["rank"], lora["alpha"], lora["targets"], lora["stabilised"]) if lora["rank"] else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as reason:
         raise ConversionError(f"{path.parent / CONFIG} is not the config of a run ({reason!r})") from reason
@@ -78,13 +80,15 @@ def open_stage(path: Path, open_base: Callable[[str], Source]) -> Source:
             raise ConversionError(f"{path.parent / CONFIG}: the run trained LoRA factors on random weights, which it did not keep")
         factors = stored_tensors(lora_mappings(config, made), state, spec)
         kind, lora = f"{kind} on {base.kind}", Lora(made, factors)
-        return dataclasses.replace(base, path=path, kind=kind, lora=lora, parts=parts, settings=settings, base=base.path)
+        return dataclasses.replace(base, path=path, kind=kind, lora=lora, parts=parts, settings=settings, base=base.path, scheme=scheme)
     tensors = stored_tensors(tuple(row for row in mappings(config) if row.theirs != _UNUSED), state, spec)
     unused = next(row for row in mappings(config) if row.theirs == _UNUSED)
     tensors[_UNUSED] = base.tensors[_UNUSED] if base else HeldTensor(_UNUSED, np.zeros(unused.their_shape, np.float32), state)
     if base is None:
-        return Source(path, kind, config, tensors, None, parts, (), resource("data/mini"), settings)
-    return dataclasses.replace(base, path=path, kind=kind, tensors=tensors, lora=None, parts=parts, settings=settings, base=base.path)
+        return Source(path, kind, config, tensors, None, parts, (), resource("data/mini"), settings, scheme=scheme)
+    return dataclasses.replace(
+        base, path=path, kind=kind, tensors=tensors, lora=None, parts=parts, settings=settings, base=base.path, scheme=scheme
+    )
 
 
 def _heads(labels: tuple[int, ...], width: int, state: Path, spec: Callable[[tuple[str, ...]], dict[str, Any]]) -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ import ml_dtypes
 import numpy as np
 from flax import traverse_util
 
+from omnisapiens_jax.atlas.labels import LabelScheme
 from omnisapiens_jax.convert.names import Mapping as Row
 from omnisapiens_jax.convert.names import lora_mappings, mappings
 from omnisapiens_jax.convert.parts import PartShapes, part_shapes
@@ -59,6 +60,7 @@ class Source:
       settings: files beside those of the tensors that say what they mean.
       base: the directory of what the checkpoint itself lacks: the weights beneath its factors, or the config.
       added: the LoRA whose factors were added to the weights.
+      scheme: what the classes of its heads are called, if a run of ours has trained them; see `label_files` for those of others.
     """
 
     path: Path
@@ -72,6 +74,7 @@ class Source:
     settings: tuple[Path, ...] = ()
     base: Path | None = None
     added: LoraConfig | None = None
+    scheme: LabelScheme | None = None
 
     @property
     def files(self) -> set[Path]:
@@ -93,7 +96,7 @@ class Source:
     def without_parts(self, why: str) -> Source:
         """The same, its heads and adapters left behind."""
         left = (Skipped(tensor.name, tensor.file.name, why) for tensor in self.parts.values())
-        return dataclasses.replace(self, parts={}, skipped=(*self.skipped, *left))
+        return dataclasses.replace(self, parts={}, skipped=(*self.skipped, *left), scheme=None)
 
     def check(self) -> None:
         """Compares names and shapes with the tables; raises ConversionError that lists all that is unknown, missing or misshapen."""

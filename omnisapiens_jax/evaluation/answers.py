@@ -65,7 +65,9 @@ class Answer:
 def extract_answer(text: str) -> str:
     r"""The answer that a response gives, in lower case: what is `\boxed{...}`, else in `<answer>...</answer>`, else all of it.
 
-    An empty box does not count, nor one with braces inside. The reward reads responses more strictly (`rl.rewards`).
+    An empty box does not count, nor one with braces inside. This is how the benchmark reads responses to score them. What its reward reads
+    out of them is another thing, `rl.rewards.extract_prediction`: there an empty box is an answer, `[...]` counts where there is no box, an
+    answer ends with its line, and white space around marks is deleted first. Trained by the one and scored by the other, as published.
     """
     match = _BOXED.search(text) or _ANSWER.search(text)
     return (match[1] if match else text).strip().lower()

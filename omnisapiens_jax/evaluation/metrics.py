@@ -17,6 +17,7 @@ from scipy import stats
 from omnisapiens_jax.atlas.labels import LabelScheme
 
 SENTIMENT, EMOTION = "sentiment_intensity", "emotion"
+SET_SCORES = ("accuracy", *(f"{mean}_{score}" for mean in ("micro", "macro", "weighted") for score in ("precision", "recall", "f1")))
 NO_LABEL = -1  # index of a predicted text that is no label of its dataset's domain
 _COLLAPSED = {7: [0, 1, 2, 3, 4, 5, 6], 5: [0, 1, 1, 2, 3, 3, 4], 3: [0, 0, 0, 1, 2, 2, 2], 2: [0, 0, 0, -1, 1, 1, 1]}
 
@@ -46,7 +47,9 @@ def weighted_counts(golds: np.ndarray, predictions: np.ndarray, classes: Sequenc
 
 
 def set_scores(counts: np.ndarray) -> dict[str, np.ndarray]:
-    """Accuracy, macro-, weighted and micro-averaged precision, recall and F1 `[...]` of counts `[..., C, C + 1]`; nan where all are 0.
+    """`SET_SCORES` `[...]` of counts `[..., C, C + 1]`: accuracy, macro-, weighted and micro-averaged precision, recall and F1.
+
+    Nan where all counts are 0.
 
     The classes are those that occur among the gold answers, so `micro_precision` can exceed `micro_recall`: a prediction outside them is
     nobody's false positive.

@@ -138,10 +138,14 @@ def _loss_chart(rows: Sequence[Mapping[str, float]]) -> Markup:
     return line_chart("Loss", lines, log=True)
 
 
-def _best(rows: Sequence[Mapping[str, float]]) -> tuple[float, int] | None:
-    """The lowest validation loss and its step."""
-    measured = [(row["validation_loss"], int(row["step"]) + 1) for row in rows if "validation_loss" in row]
-    return min((pair for pair in measured if np.isfinite(pair[0])), default=None)
+def _best(rows: Sequence[Mapping[str, float]]) -> tuple[str, float, int] | None:
+    """What the kept state was selected by, its value and its step: the lowest validation loss, or the highest of another metric."""
+    named = {name for row in rows for name in row if name.startswith("validation_")}
+    key = next(iter(sorted(named - {"validation_loss"})), "validation_loss")
+    sign, which = (1, "lowest") if key == "validation_loss" else (-1, "highest")
+    measured = [(sign * row[key], int(row["step"]) + 1) for row in rows if key in row and np.isfinite(row[key])]
+    value, steps = min(measured, default=(0.0, 0))
+    return (f"{which} {key.replace('_', ' ')}", sign * value, steps) if measured else None
 
 
 def _rl_charts(rows: Sequence[Mapping[str, float]]) -> list[tuple[str, str, Markup]]:

@@ -59,6 +59,10 @@ class LoraParam(nnx.Param):
     """A LoRA factor: its own type, so that a filter can split it from the frozen base."""
 
 
+class DropoutKey(nnx.Variable):
+    """The key of what a LoRA branch drops; stacked layers have one each. A model has them for a training step alone, see `drop_lora`."""
+
+
 @dataclasses.dataclass(frozen=True)
 class LoraConfig:
     """Low-rank adapters on projections named by tower (`decoder`, `audio`, `vision`), never by bare suffix.
@@ -166,6 +170,8 @@ class Linear(nnx.Module):
         uniform = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
         self.lora_a = build.param(uniform, rngs, (shape[0], lora.rank), (names[0], None), LoraParam) if lora else None
         self.lora_b = build.param(nnx.initializers.zeros, rngs, (lora.rank, shape[1]), (None, names[1]), LoraParam) if lora else None
+        self.lora_dropout = 0.0
+        self.dropout_key: DropoutKey | None = nnx.data(None)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """`[..., in]` -> `[..., out]`."""
@@ -174,9 +180,34 @@ class Linear(nnx.Module):
         if self.bias is not None:
             y = y + self.bias[...].astype(self.dtype)
         if self.lora_a is not None and self.lora_b is not None:
-            low = matmul(x, self.lora_a[...].astype(self.dtype)) * self.lora_scale
+            low = matmul(self._dropped(x), self.lora_a[...].astype(self.dtype)) * self.lora_scale
             y = y + matmul(low, self.lora_b[...].astype(self.dtype))
         return y
+
+    def _dropped(self, x: jax.Array) -> jax.Array:
+        """What the LoRA branch reads of `x [..., in]`."""
+        if self.dropout_key is None:
+            return x
+        kept = jax.random.bernoulli(self.dropout_key[...], 1 - self.lora_dropout, x.shape)
+        return jnp.where(kept, x / (1 - self.lora_dropout), 0)
+
+
+def drop_lora(model: nnx.Module, rate: float, key: jax.Array) -> None:
+    """Makes every LoRA branch of a model drop numbers that it reads, and scale the others up, as PEFT does: `B A dropout(x)`.
+
+    Every projection drops others. What is dropped depends on the key and on the shape of what is read, not on how that is sharded.
+
+    Args:
+      model: of one step; a model that is evaluated is left as it is.
+      rate: odds that a number is dropped, from 0 to less than 1.
+      key: a scalar key.
+    """
+    adapted = {path: module for path, module in nnx.iter_modules(model) if isinstance(module, Linear) and module.lora_a is not None}
+    for number, path in enumerate(sorted(adapted)):
+        module = adapted[path]
+        assert module.lora_a is not None
+        module.lora_dropout = rate
+        module.dropout_key = DropoutKey(jax.random.split(jax.random.fold_in(key, number), module.lora_a[...].shape[:-2]))
 
 
 class RMSNorm(nnx.Module):

@@ -54,8 +54,11 @@ class Thinker(nnx.Module):
         """Token embeddings with the encoded media put in their places.
 
         Reads `tokens [B, T]`, `media_index [B, T]`, `audio_chunks`, `audio_frames`, `audio_pairs`, `patches`, `patch_mask` and
-        `patch_coords`; towers without slots in this batch are not run. Returns `[B, T, D]`.
+        `patch_coords`; towers without slots in this batch are not run. Or `embedded [B, T, D]`, what was kept of all this. Returns
+        `[B, T, D]`.
         """
+        if "embedded" in batch:
+            return shard(batch["embedded"].astype(self.decoder.dtype), "batch", "length", "act_embed")
         x = self.decoder.embed(batch["tokens"])
         media = []
         if batch["audio_pairs"].shape[1]:

@@ -79,7 +79,8 @@ def extract_prediction(response: str, config: RewardConfig) -> str:
     r"""The answer a response gives, in lower case.
 
     The first that matches: `\boxed{...}` up to the first closing brace (it may be empty or span lines), `[...]` on one line,
-    `<answer>...</answer>` on one line, else the whole response.
+    `<answer>...</answer>` on one line, else the whole response. The benchmark scores responses by another reading, where an empty box and
+    brackets count for nothing: `evaluation.answers.extract_answer`.
     """
     text = normalise(response)
     bracket_text = text if config.brackets_in_thinking else _after_thinking(text)

@@ -23,6 +23,7 @@ from omnisapiens_jax.atlas.plan import Index
 from omnisapiens_jax.atlas.recipe import lower_answer
 from omnisapiens_jax.atlas.sources import Source, open_source
 from omnisapiens_jax.convert.behaviour import write_behaviour, write_tail
+from omnisapiens_jax.convert.label_files import write_labels
 from omnisapiens_jax.convert.loading import fill_parts
 from omnisapiens_jax.convert.parts import AdapterShape
 from omnisapiens_jax.evaluation.answers import load_answers
@@ -158,7 +159,7 @@ class Material:
         """Batches of some datasets' rows of a split: shuffled, in `batch_size` rows, to `train`; else in order."""
         kept = self.states.get(name)
         split = self.run.split(name, datasets, self.task, None if kept is None else kept.ids, train=train)
-        return Feed(split, kept, self.descriptors[name])
+        return Feed(dataclasses.replace(split, kept=kept), self.descriptors[name])
 
     def modalities(self, group: Group) -> list[str]:
         """Those that the run wants and some training sample of a group has."""
@@ -208,12 +209,14 @@ def _adapt_task(run: Adapting, task: str, groups: Sequence[Group], *, everything
         if jax.process_index() == 0:
             folder.mkdir(parents=True, exist_ok=True)
             write_behaviour(folder, learner.behaviour, learner.heads)
+            if learner.heads is not None:
+                write_labels(folder, HBA)
             if learner.tail is not None:
                 write_tail(folder, run.classifier.thinker.config, learner.tail.block, learner.tail.lm_head)
         if task == "cls":
             _evaluate(run, group, folder, material.feed(atlas.test, group.datasets), *_by_heads(material, learner))
         else:
-            _evaluate(run, group, folder, Feed(run.prompts(group.datasets), None, material.descriptors[atlas.test]), *_greedy(run, learner))
+            _evaluate(run, group, folder, Feed(run.prompts(group.datasets), material.descriptors[atlas.test]), *_greedy(run, learner))
 
 
 def _rows(datasets: Sequence[str], ids: np.ndarray | None) -> Callable[[Index], np.ndarray]:

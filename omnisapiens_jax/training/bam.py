@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -32,9 +31,10 @@ from omnisapiens_jax.processing.descriptors.batch import DescriptorConfig
 from omnisapiens_jax.processing.descriptors.read import AUDIO_WIDTH, FRAME_WIDTH, LOW_LEVEL_WIDTH, VIDEO_WIDTH
 from omnisapiens_jax.training.checkpoints import Checkpoints
 from omnisapiens_jax.training.data import Split
-from omnisapiens_jax.training.frozen import FrozenStates, Site
+from omnisapiens_jax.training.frozen import Site
 from omnisapiens_jax.training.journal import Bar, Journal, console
-from omnisapiens_jax.training.losses import CLASSES, class_loss, mean
+from omnisapiens_jax.training.losses import CLASSES, class_loss, confusion
+from omnisapiens_jax.training.selection import BY_LOSS, CRITERIA, Selection
 from omnisapiens_jax.training.state import TrainState, apply_gradients, check_finite, fresh_optimizer, micro_gradients, parameters
 
 Kind = Literal["adapter", "attention"]
@@ -64,7 +64,7 @@ def check(settings: ml_collections.ConfigDict, thinker: ThinkerConfig) -> None:
       ValueError: a setting has a value that it cannot have; names those it can.
     """
     wanted = [("kind", settings.kind, get_args(Kind)), ("stage", settings.stage, get_args(Stage))]
-    wanted += [("residual_site", settings.residual_site, get_args(ResidualSite))]
+    wanted += [("best", settings.best, CRITERIA), ("residual_site", settings.residual_site, get_args(ResidualSite))]
     wanted += [("modalities", modality, MODALITIES) for modality in settings.modalities]
     for name, value, known in wanted:
         if value not in known:
@@ -303,14 +303,12 @@ class Feed:
     """The batches of a split for a learner: states, or what the thinker makes them of, and descriptors of what its plan names.
 
     Attributes:
-      split: the rows.
-      states: theirs; None: the thinker computes them, every time.
-      descriptors: likewise.
+      split: the rows, with kept states; without, the thinker computes them, every time.
+      descriptors: of the rows.
       given: whose descriptors samples get that do not get their own, -1: nobody's.
     """
 
     split: Split
-    states: FrozenStates | None
     descriptors: Descriptors
     given: Mapping[int, int] = dataclasses.field(default_factory=dict)
 
@@ -321,15 +319,9 @@ class Feed:
 
     def batches(self, start: int, stop: int) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
         """(step, this host's rows of its batch) of steps `start` to `stop - 1`; `index [B]` are their ids."""
-        for step, batch in self.split.pipeline.batches(start, stop) if self.states is None else self._kept(self.states, start, stop):
+        for step, batch in self.split.batches(start, stop):
             given = [self.given.get(sample, sample) for sample in batch["index"].tolist()]
             yield step, {**batch, **self.descriptors.batch(np.asarray(given, np.int64))}
-
-    def _kept(self, states: FrozenStates, start: int, stop: int) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
-        for step in range(start, stop):
-            planned = self.planner[step]
-            ids = planned.ids[self.split.pipeline.host]
-            yield step, {**states.batch(ids, planned.bucket.tokens), "index": ids}
 
 
 def loss_sum(
@@ -395,7 +387,7 @@ def fit(
     optimizer: optax.GradientTransformation,
     mesh: Mesh,
 ) -> Learner:
-    """Trains a group's learner for `epochs` and returns it as it was when the validation loss was least.
+    """Trains a group's learner for `epochs` and returns it as it was when the validation loss was least, or what `best` names highest.
 
     Args:
       settings: `config.bam`.
@@ -410,16 +402,17 @@ def fit(
       mesh: everything lies on it.
 
     Raises:
-      FloatingPointError: too many updates in a row had gradients that are not finite, or no validation loss was.
+      FloatingPointError: too many updates in a row had gradients that are not finite, or what the best learner is selected by never was.
     """
     graph, trained, frozen = nnx.split(learner, trainable(settings.stage), ...)
     state = fresh_optimizer(TrainState(jnp.zeros((), jnp.int32), trained, frozen, ()), optimizer, mesh)
     how = (seed, settings.micro_batches, tuple(settings.drop[modality] for modality in MODALITIES))
     step_fn = functools.partial(step, (fixed.site, graph, fixed.graph), group.task, optimizer, how)
-    loss_fn = functools.partial(_loss_of, fixed.site, group.task, graph, fixed.graph)
+    selection = Selection(settings.best) if group.task == "cls" else BY_LOSS
+    sums_fn = functools.partial(_loss_of if selection == BY_LOSS else _classes_of, fixed.site, group.task, graph, fixed.graph)
     epoch_steps = train.split.steps_per_epoch
     total = settings.epochs * epoch_steps
-    best_so_far: dict[str, Any] = {"best_loss": math.inf, "best_step": 0}
+    best_so_far: dict[str, Any] = {"best": selection.worst, "best_step": 0}
     with Checkpoints(workdir / "best", keep=1) as best, Checkpoints(workdir / "state", keep=1) as checkpoints:
         if checkpoints.latest is not None:
             state, best_so_far = checkpoints.restore(state)
@@ -430,21 +423,22 @@ def fit(
                 over = (number + 1) % epoch_steps == 0
                 if over:
                     params, held_out = parameters(state), validation.batches(0, validation.split.steps_per_epoch)
-                    metrics["validation_loss"] = mean(loss_fn(params, fixed.params, put_batch(batch, mesh)) for _, batch in held_out)
-                    if metrics["validation_loss"] < best_so_far["best_loss"]:
-                        best_so_far = {"best_loss": metrics["validation_loss"], "best_step": number + 1}
+                    metrics |= selection.validate(sums_fn(params, fixed.params, put_batch(batch, mesh)) for _, batch in held_out)
+                    if selection.better(metrics[selection.key], best_so_far["best"]):
+                        best_so_far = {"best": metrics[selection.key], "best_step": number + 1}
                         best.save(number + 1, state, best_so_far)
                 written = journal.write(number, metrics)
                 check_finite(number, written)
                 if over:
                     checkpoints.save(number + 1, state, best_so_far)
-                bar.advance(loss=written["loss"], best=best_so_far["best_loss"])
+                bar.advance(loss=written["loss"], best=best_so_far["best"])
         if best.latest is None:
             raise FloatingPointError(
-                f"{group.name}: the validation loss was never finite in {int(state.step)} steps: start again with a lower bam.adapter_lr"
+                f"{group.name}: the validation {selection.by} was never finite in {int(state.step)} steps: start again with a lower "
+                "bam.adapter_lr"
             )
         state, best_so_far = best.restore(state)
-    console.print(f"{group.name}: validation loss {best_so_far['best_loss']:.4f} at step {best_so_far['best_step']}")
+    console.print(f"{group.name}: validation {selection.by} {best_so_far['best']:.4f} at step {best_so_far['best_step']}")
     return nnx.merge(graph, state.trainable, state.frozen)
 
 
@@ -453,3 +447,11 @@ def _loss_of(
     site: Site, task: str, graph: nnx.GraphDef, below: nnx.GraphDef, learner: nnx.State, params: nnx.State, batch: Batch
 ) -> tuple[jax.Array, jax.Array]:
     return loss_sum(site, task, nnx.merge(graph, learner), nnx.merge(below, params), batch)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _classes_of(
+    site: Site, task: str, graph: nnx.GraphDef, below: nnx.GraphDef, learner: nnx.State, params: nnx.State, batch: Batch
+) -> tuple[jax.Array, ...]:
+    logits = nnx.merge(graph, learner).logits(site, nnx.merge(below, params), batch)
+    return *class_loss(lambda _: logits, batch), confusion(logits, batch["label"])

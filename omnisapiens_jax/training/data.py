@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import ml_collections
@@ -36,6 +36,10 @@ QUARANTINE = "quarantine.jsonl"  # in a run's folder
 Rows = Callable[[Index], np.ndarray]  # [N] bool: which samples of a split take part
 
 
+class NoRows(ValueError):
+    """Nothing of a split is left for a stage."""
+
+
 def rows_of_kind(kind: str, rows: Rows | None = None) -> Rows:
     """Those of `rows` (of all) whose task is `cls`, one of a list of labels, or `qa`, free text."""
 
@@ -44,6 +48,24 @@ def rows_of_kind(kind: str, rows: Rows | None = None) -> Rows:
         return own if rows is None else own & rows(index)
 
     return chosen
+
+
+def rows_among(ids: np.ndarray, rows: Rows | None = None) -> Rows:
+    """Those of `rows` (of all) that are the samples `ids`."""
+
+    def chosen(index: Index) -> np.ndarray:
+        own = np.isin(index.ids, ids)
+        return own if rows is None else own & rows(index)
+
+    return chosen
+
+
+class Kept(Protocol):
+    """What was computed of the samples of a split and takes the place of their words and media."""
+
+    def batch(self, ids: np.ndarray, tokens: int) -> dict[str, np.ndarray]:
+        """Of the samples `ids [B]`, -1 for a masked row, in rows of a bucket of so many `tokens`."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +78,7 @@ class Split:
     zero: bool  # silence and black stand in for media that cannot be used
     identity: str  # a digest of the rows and of how examples are made of them, but not of their media
     rated: LabelScheme | None = None  # where given, batches have the `shares` of its classes among the raters of each sample
+    kept: Kept | None = None  # where given, batches are made of it, and nothing is decoded
 
     @property
     def steps_per_epoch(self) -> int:
@@ -64,7 +87,7 @@ class Split:
 
     def batches(self, start: int, stop: int) -> Iterator[tuple[int, dict[str, Any]]]:
         """As `Pipeline.batches`, with `shares` `[B, C]` (packed: `[B, S, C]`) where they are wanted, zeros where a slot is masked."""
-        for step, batch in self.pipeline.batches(start, stop):
+        for step, batch in self.pipeline.batches(start, stop) if self.kept is None else self._of_kept(self.kept, start, stop):
             if self.rated is not None:
                 shares = np.zeros((*batch["index"].shape, len(self.rated.classes)), np.float32)
                 for place, i in np.ndenumerate(batch["index"]):
@@ -72,6 +95,12 @@ class Split:
                         shares[place] = self.rated.shares(self.source[i])
                 batch = {**batch, "shares": shares}
             yield step, batch
+
+    def _of_kept(self, kept: Kept, start: int, stop: int) -> Iterator[tuple[int, dict[str, Any]]]:
+        for step in range(start, stop):
+            planned = self.pipeline.planner[step]
+            ids = planned.ids[self.pipeline.host]
+            yield step, {**kept.batch(ids, planned.bucket.tokens), "index": ids}
 
     def samples(self, batch: dict[str, Any]) -> list[Sample | None]:
         """The samples of a batch's slots, None where a slot is masked."""
@@ -140,6 +169,9 @@ class Atlas:
           packs: rows without a target are packed too where the config says so, as heads can read them; a sampler takes one prompt a row,
             here in batches of one signature.
           rated: batches know what the raters of each sample said.
+
+        Raises:
+          NoRows: no sample takes part.
         """
         atlas, compat = self._config.atlas, self._config.compat
         source = self.source(name) if transcripts else WithoutTranscripts(self.source(name))
@@ -182,7 +214,7 @@ class Atlas:
                 f"{self._quarantine or 'a list of them'}, tell which: mend these, or leave them out with --config.atlas.quarantine=FILE"
             )
         if not len(index):
-            raise ValueError(f"{self.root / name}: of {len(source)} rows {len(faults)} cannot be used, and none is left for this stage")
+            raise NoRows(f"{self.root / name}: of {len(source)} rows {len(faults)} cannot be used, and none is left for this stage")
         mode = "homogeneous" if atlas.batches == "packed" and target is None and not packs else atlas.batches
         plan = PlanConfig(batch_size, hosts=jax.process_count(), seed=self._config.seed, mode=mode, shuffle=shuffle)
         if shuffle:

@@ -2,6 +2,8 @@
 
 A sample's states depend on the parameters, on how its row was made, and on its files. The first two name the folder that they lie in, the
 last is their stamp; so whoever asks with the same thinker finds them, whatever the run, the mesh or the batch that they were made in.
+
+Where the decoder is trained, what it reads may still be frozen: the table of embeddings and the towers. That is a site too, `embeddings`.
 """
 
 from __future__ import annotations
@@ -31,7 +33,8 @@ from omnisapiens_jax.training.journal import console, progress
 _FORMAT = 1  # raise it when a kept array would mean something else
 _ROUND = 16  # answers are padded to a multiple of so many tokens
 
-Kind = Literal["pooled", "answers", "depth"]
+Kind = Literal["pooled", "answers", "depth", "embeddings"]
+_WHOLE = ("depth", "embeddings")  # kinds that keep all tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,8 +43,8 @@ class Site:
 
     Attributes:
       kind: `pooled` is the mean of the penultimate states, which the heads read; `answers` the last states, normed, that predict the
-        tokens of an answer; `depth` the states of all tokens that the first layers have made.
-      depth: how many layers; the decoder's number of them less one for `pooled`, all of them for `answers`.
+        tokens of an answer; `depth` the states of all tokens that the first layers have made; `embeddings` what the first layer reads.
+      depth: how many layers; the decoder's number of them less one for `pooled`, all of them for `answers`, none for `embeddings`.
       width: of the states.
       dtype: they are computed in.
     """
@@ -62,6 +65,12 @@ class Site:
             return fields | {"states": states, "targets": Field((None,), np.dtype(np.int32))}
         whole = {name: Field(shape, np.dtype(np.int32)) for name, shape in _OF_TOKENS.items()}
         return fields | {"states": states, "media_starts": Field((2,), np.dtype(np.int32))} | whole
+
+    def reads(self, params: nnx.State) -> nnx.State:
+        """Those of a thinker's parameters that the states depend on."""
+        if self.kind != "embeddings":
+            return params
+        return nnx.filter_state(params, lambda path, _: path[0] in ("audio", "vision") or path[:2] == ("decoder", "embed_tokens"))
 
     def states(self, thinker: Thinker, batch: Batch) -> dict[str, jax.Array]:
         """What a learner reads of a batch: `domain [B]`, `label [B]`, `media_starts [B, 2]` and, by kind, `pooled [B, D]`; or `states
@@ -95,7 +104,10 @@ class Site:
         return kept
 
     def collate(self, rows: list[Arrays | None], length: int) -> dict[str, np.ndarray]:
-        """A batch of what was kept, as `states` gives it, its rows `length` tokens long; None for a masked row."""
+        """A batch of what was kept, as `states` gives it, its rows `length` tokens long; None for a masked row.
+
+        Embeddings are `embedded`, as `Thinker.embed` reads them.
+        """
         count = len(rows)
         batch: dict[str, np.ndarray] = {name: np.full(count, -1, np.int32) for name in ("domain", "label")}
         if self.kind == "pooled":
@@ -104,7 +116,7 @@ class Site:
             batch["states"] = np.zeros((count, length, self.width), self.dtype)
         if self.kind == "answers":
             batch["targets"] = np.full((count, length), IGNORED, np.int32)
-        if self.kind == "depth":
+        if self.kind in _WHOLE:
             batch |= {"positions": np.zeros((count, 3, length), np.int32), "segment_ids": np.zeros((count, length), np.int32)}
             batch |= {"labels": np.full((count, length), IGNORED, np.int32), "media_starts": np.zeros((count, 2), np.int32)}
         for i, row in enumerate(rows):
@@ -121,6 +133,8 @@ class Site:
                         batch[name][i, :size] = row[name]
             if "positions" in batch:
                 batch["positions"][i, :, :size], batch["segment_ids"][i, :size] = row["positions"].T, 1
+        if self.kind == "embeddings":
+            batch["embedded"] = batch.pop("states")
         return batch
 
 
@@ -187,7 +201,7 @@ def encode(
       mesh: to compute on.
       cache: directory below which states are kept; all processes must see the same.
     """
-    key = f"{_FORMAT} {identity(params)} {site} {wanted.identity}"
+    key = f"{_FORMAT} {identity(site.reads(params))} {site} {wanted.identity}"
     folder = cache / hashlib.sha256(key.encode()).hexdigest()[:24]
     stamps = {sample: wanted.source.stamp(sample) for sample in wanted.pipeline.planner.index.ids.tolist()}
     store = Store(folder, site.fields)

@@ -16,12 +16,12 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from omnisapiens_jax import defaults
+from omnisapiens_jax import defaults, resources
 from omnisapiens_jax.atlas.faults import Policy
 from omnisapiens_jax.atlas.labels import SCHEMES
 from omnisapiens_jax.atlas.plan import Index, Mode, PlanConfig
 from omnisapiens_jax.atlas.recipe import Target, lower_answer, target_text
-from omnisapiens_jax.atlas.schema import task_kind
+from omnisapiens_jax.convert.label_files import domains_of
 from omnisapiens_jax.evaluation.answers import Answer, accuracy, evaluations, load_answers, save_answers
 from omnisapiens_jax.evaluation.classify import Predict, by_heads
 from omnisapiens_jax.evaluation.compare import compare, open_run
@@ -38,9 +38,11 @@ from omnisapiens_jax.rl.rewards import RewardConfig
 from omnisapiens_jax.rl.similarity import Similarity
 from omnisapiens_jax.training import bam, rl, sft
 from omnisapiens_jax.training.adapt import adapt
-from omnisapiens_jax.training.data import QUARANTINE, Atlas, Rows, Split, rows_of_kind
+from omnisapiens_jax.training.data import QUARANTINE, Atlas, NoRows, Rows, Split, rows_among, rows_of_kind
+from omnisapiens_jax.training.frozen import FrozenStates, Site, encode
 from omnisapiens_jax.training.journal import Bar, Compilations, console, read_metrics
 from omnisapiens_jax.training.losses import ANSWERS, CLASSES, SHARES, Objective
+from omnisapiens_jax.training.selection import BY_LOSS, CRITERIA, Selection
 from omnisapiens_jax.training.state import (
     TrainState,
     create_state,
@@ -50,6 +52,7 @@ from omnisapiens_jax.training.state import (
     open_weights,
     parameters,
     thinker_config,
+    thinker_of,
     trainable_filter,
 )
 
@@ -99,14 +102,40 @@ class Run:
 
     def fit(self, stage: ml_collections.ConfigDict, folder: str, state: TrainState, lesson: Lesson = RESPONSES) -> TrainState:
         """Supervised training on the rows the stage names."""
-        atlas = self.config.atlas
-        split = functools.partial(self.atlas.split, target=lesson.target, packs=True, rated=lesson.objective is SHARES)
-        train = split(atlas.train, batch_size=stage.batch_size, shuffle=True, rows=lesson.rows(ROWS[stage.rows]))
-        validation = split(atlas.validation, batch_size=self.config.eval_batch, shuffle=False, rows=lesson.rows())
-        state = sft.fit(stage, self.workdir / folder, self.graph, state, train, validation, self.mesh, lesson.objective)
+        train, validation = self.splits(stage, state, lesson)
+        lora, dropout = self.config.model.lora, None
+        if lora.dropout and lora.rank and self.config.model.trains == "thinker":
+            dropout = sft.Dropout(lora.dropout, self.config.seed)
+        selection = Selection(stage.best) if lesson.by_heads else BY_LOSS
+        state = sft.fit(stage, self.workdir / folder, self.graph, state, train, validation, self.mesh, lesson.objective, dropout, selection)
         for part in (train, validation):
             part.tell_faults()
         return state
+
+    def splits(self, stage: ml_collections.ConfigDict, state: TrainState, lesson: Lesson) -> tuple[Split, Split]:
+        """What a stage is trained and validated on, with what frozen towers give where it is to be kept."""
+        atlas = self.config.atlas
+        split = functools.partial(self.atlas.split, target=lesson.target, packs=True, rated=lesson.objective is SHARES)
+        parts = []
+        for name, size, shuffle, rows in (
+            (atlas.train, stage.batch_size, True, lesson.rows(ROWS[stage.rows])),
+            (atlas.validation, self.config.eval_batch, False, lesson.rows()),
+        ):
+            make = functools.partial(split, name, batch_size=size, shuffle=shuffle)
+            part = make(rows=rows)
+            if stage.cached:
+                again = functools.partial(split, name, batch_size=self.config.eval_batch, shuffle=False)
+                kept = self._embeddings(state, part, lambda ids, again=again, rows=rows: again(rows=rows_among(ids, rows)))
+                whole = len(kept.ids) == len(part.pipeline.planner.index)
+                part = dataclasses.replace(part if whole else make(rows=rows_among(kept.ids, rows)), kept=kept)
+            parts.append(part)
+        return parts[0], parts[1]
+
+    def _embeddings(self, state: TrainState, split: Split, again: Callable[[np.ndarray], Split]) -> FrozenStates:
+        """What the decoder reads of a split's samples: frozen towers are run over each of them once; see `encode`."""
+        thinker = thinker_of(nnx.merge(self.graph, parameters(state)))
+        site = Site("embeddings", 0, thinker.config.text.hidden_size, np.dtype(thinker.decoder.dtype))
+        return encode(site, *nnx.split(thinker), split, again, self.mesh, resources.cache() / "states")
 
     def generator(self, rollouts: int, temperature: float) -> Generator:
         """A sampler for this run's thinker."""
@@ -141,6 +170,7 @@ class Run:
         Kept in `evaluation-NAME.json`, and made only once. A run that was killed meanwhile goes on with the first batch that it lacks.
         """
         path = self.workdir / f"evaluation-{name}.json"
+        told = name if lesson.kind is None else f"{name} ({'labels' if lesson.by_heads else 'free-form answers'})"
         if not path.exists():
             source, params = split.source, parameters(state)
             if lesson.by_heads:
@@ -149,13 +179,13 @@ class Run:
                 thinker = params["thinker"] if self.config.model.heads else params
                 ask, view = greedy(self.greedy, source, self.atlas.tokenizer), self.greedy.view(thinker)
                 how = repr(self.greedy.sampling)
-            with Bar(f"evaluating {name}", total=split.steps_per_epoch) as bar:
+            with Bar(f"evaluating {told}", total=split.steps_per_epoch) as bar:
                 answers = answer_all(ask, view, split.pipeline, source, self.mesh, path, how=how, without=without, progress=bar.reach)
             split.tell_faults()
         else:
             answers = load_answers(path)
         bad = f"; {len(split.pipeline.faults)} rows could not be used" if split.pipeline.faults and not split.zero else ""
-        console.print(f"held-out accuracy {name}: {accuracy(answers):.3f} on {len(answers)} samples{bad}")
+        console.print(f"held-out accuracy {told}: {accuracy(answers):.3f} on {len(answers)} samples{bad}")
         return answers
 
     def ablations(self, name: str, state: TrainState, held_out: Split, lesson: Lesson = RESPONSES) -> None:
@@ -238,14 +268,15 @@ def _supervised(run: Run, state: TrainState, *, lesson: Lesson) -> None:
 
 def _evaluate(run: Run, state: TrainState) -> None:
     """Heads answer the rows that have a label, the language model all others; without heads it answers all of them."""
-    lessons = [RESPONSES]
-    if run.config.model.heads:
-        index = run.held_out().pipeline.planner.index
-        kinds = {task_kind(index.task_names[task]) for task in np.unique(index.tasks)}
-        lessons = [lesson for lesson in (LABELS, FREE_FORM) if lesson.kind in kinds]
-    parts = [run if len(lessons) == 1 else dataclasses.replace(run, workdir=run.workdir / str(lesson.kind)) for lesson in lessons]
-    for part, lesson in zip(parts, lessons, strict=True):
-        held_out = part.held_out(lesson)
+    splits: dict[Lesson, Split] = {}
+    for lesson in (LABELS, FREE_FORM) if run.config.model.heads else (RESPONSES,):
+        try:
+            splits[lesson] = run.held_out(lesson)
+        except NoRows:
+            if lesson is not LABELS and not splits:
+                raise
+    parts = [run if len(splits) == 1 else dataclasses.replace(run, workdir=run.workdir / str(lesson.kind)) for lesson in splits]
+    for part, (lesson, held_out) in zip(parts, splits.items(), strict=True):
         part.evaluate("checkpoint", state, held_out, lesson)
         part.ablations("checkpoint", state, held_out, lesson)
     if len(parts) > 1 and jax.process_index() == 0:
@@ -322,6 +353,20 @@ def check(config: ml_collections.ConfigDict, mesh: Mesh) -> None:
             raise ValueError("config.atlas.batches packed is not for bam: descriptors belong to a row; choose homogeneous or mixed")
         if config.bam.cached and (config.atlas.training.audio_dropout or config.atlas.training.video_dropout):
             raise ValueError("config.atlas.training withholds media, but states are computed once: set config.bam.cached=False")
+    if cached := [name for name in stages if name != "rl" and config[name].cached]:
+        lora, trained = config.model.lora, ""
+        if config.model.trains != "lm_head":
+            trained = "every parameter" if not lora.rank else ", ".join(tower for tower in ("audio", "vision") if lora.targets[tower])
+        if trained:
+            raise ValueError(
+                f"config.{cached[0]}.cached keeps what frozen towers give, but {trained} is trained: it is for LoRA on the decoder alone"
+            )
+        if config.atlas.training.audio_dropout or config.atlas.training.video_dropout:
+            raise ValueError(f"config.atlas.training withholds media, but they are encoded once: set config.{cached[0]}.cached=False")
+        if config.atlas.batches == "packed":
+            raise ValueError(f"config.{cached[0]}.cached keeps rows of one sample: config.atlas.batches homogeneous or mixed, not packed")
+    if config.job == "sft":
+        wanted += [("sft.labels", config.sft.labels, ("answers", "raters")), ("sft.best", config.sft.best, CRITERIA)]
     for name, value, known in wanted:
         if value not in known:
             raise ValueError(f"unknown config.{name} {value!r}; known: {', '.join(known)}")
@@ -340,14 +385,22 @@ def check(config: ml_collections.ConfigDict, mesh: Mesh) -> None:
                 f"(data x fsdp) or the {parts} micro-batches: make it a multiple of {updates * math.lcm(ways, parts)}"
             )
     PlanConfig(batch_size=1, **config.atlas.training)
-    if config.job == "sft" and config.sft.labels not in ("answers", "raters"):
-        raise ValueError(f"unknown config.sft.labels {config.sft.labels!r}; known: answers, raters")
     trainable_filter(config.model)
+    if not 0 <= config.model.lora.dropout < 1:
+        raise ValueError(f"config.model.lora.dropout {config.model.lora.dropout} is a probability, from 0 to less than 1")
     labels = tuple(len(domain.labels) for domain in SCHEMES[config.atlas.scheme].domains)
     heads = labels if config.job in ("sft", "bam") or (config.job == "evaluate" and config.model.heads) else ()
     if tuple(config.model.heads) != heads:
         where = f"a run of the job {config.job} with config.atlas.scheme {config.atlas.scheme}"
         raise ValueError(f"config.model.heads {tuple(config.model.heads)} must be {heads} in {where}")
+    if heads and config.model.weights:
+        theirs = domains_of(open_weights(config.model.weights))
+        if theirs not in (None, SCHEMES[config.atlas.scheme].domains):
+            told = "; ".join(f"{domain.name}: {', '.join(domain.labels)}" for domain in theirs or ())
+            raise ValueError(
+                f"the heads of {config.model.weights} are for other classes, or in another order, than those of config.atlas.scheme "
+                f"{config.atlas.scheme}: they are for {told}"
+            )
     if config.job == "bam" and config.blanked:
         raise ValueError("config.blanked is not for bam, whose answers are compared without descriptors and with another sample's")
     if (config.model.trains == "lm_head") != (config.job == "qa"):

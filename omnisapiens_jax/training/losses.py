@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from omnisapiens_jax.models.layers import shard
 from omnisapiens_jax.models.thinker import Batch, Thinker, token_log_probs
 
 _CHUNK = 64  # places of every row whose logits may be needed together
@@ -76,6 +77,21 @@ def share_loss(classifier: Callable[[Batch], jax.Array], batch: Batch) -> tuple[
     classified = batch["label"] >= 0
     losses = optax.softmax_cross_entropy(classifier(batch), batch["shares"])
     return jnp.sum(jnp.where(classified, losses, 0.0)), jnp.sum(classified, dtype=jnp.float32)
+
+
+def confusion(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """How often samples of a class (row) were taken for each (column), `[C, C + 1]`; they add up over batches.
+
+    Args:
+      logits: `[..., C]`; the largest is what a sample is taken for.
+      labels: `[...]`, negative for a sample that has no class and does not count.
+
+    Returns: float32 counts; the last column, of no class at all, stays empty. See `evaluation.metrics`.
+    """
+    classes = logits.shape[-1]
+    gold = jax.nn.one_hot(labels.reshape(-1), classes)
+    found = jax.nn.one_hot(jnp.argmax(logits, axis=-1).reshape(-1), classes + 1)
+    return shard(gold.T @ found, None, None)
 
 
 def mean(sums: Iterable[tuple[jax.Array, jax.Array]]) -> float:

@@ -233,6 +233,9 @@ def test_a_loss_that_is_not_finite_is_never_the_best(folder: Path, test_rows: So
     save_answers(folder / "evaluation-sft.json", answers(test_rows, {0}))
     text = Page(write_report(folder, {"sft": losses}, test=test_rows, train=train_rows)).text
     assert "The lowest validation loss, 2.0000 after 100 steps" in text
+    kept = [{**row, "validation_micro_f1": score} for row, score in zip(losses, (0.5, 0.25), strict=True)]
+    text = Page(write_report(folder, {"sft": kept}, test=test_rows, train=train_rows)).text
+    assert "The highest validation micro f1, 0.5000 after 50 steps" in text
 
 
 def test_smoothing_is_unbiased_and_passes_over_what_is_not_finite() -> None:

@@ -48,6 +48,17 @@ def sft_gradients(mesh: world.Mesh3, micro_batches: int = 1) -> tuple[float, Gra
 
 
 @functools.cache
+def lora_gradients(mesh: world.Mesh3) -> tuple[float, Gradients]:
+    """With dropout, of factors that are not their beginning: B = 0 would hide what is dropped."""
+    at = world.world(world.config(mesh=mesh, model__lora__rank=2, model__lora__targets__decoder=("q_proj", "down_proj")))
+    state = at.state._replace(trainable=jax.tree.map(lambda leaf: jnp.where(leaf == 0, 0.1, leaf), at.state.trainable))
+    with on_mesh(at.mesh):
+        step = jax.jit(functools.partial(sft.sft_gradients, at.graph, 2, dropout=sft.Dropout(0.5, 0)))
+        loss, _, grads = step(state, put_batch(world.batch(target=True), at.mesh))
+    return float(loss), flat(grads)
+
+
+@functools.cache
 def grpo_gradients(
     mesh: world.Mesh3, path: Path, micro_batches: int = 1, order: tuple[int, ...] = ()
 ) -> tuple[tuple[float, Gradients], float]:
@@ -87,6 +98,11 @@ def test_a_seed_is_the_same_policy_on_any_mesh() -> None:
 
 def test_an_sft_step_is_the_same_on_eight_devices() -> None:
     check(sft_gradients(EIGHT), sft_gradients(ONE))
+
+
+@pytest.mark.slow
+def test_lora_drops_the_same_on_eight_devices() -> None:
+    check(lora_gradients(EIGHT), lora_gradients(ONE))
 
 
 def test_an_sft_step_is_the_same_in_micro_batches() -> None:

@@ -137,6 +137,7 @@ def test_a_workdir_that_cannot_be_written_is_told(tmp_path: Path) -> None:
         ("generation.max_tokens", 0, "config.generation.max_tokens 0 must be at least 1"),
         ("atlas.buckets", 0, "config.atlas.buckets 0 must be at least 1"),
         ("rl.reward.buffer", 0, "needs a buffer of at least 1 token, not 0"),
+        ("model.lora.dropout", 1.0, "config.model.lora.dropout 1.0 is a probability, from 0 to less than 1"),
         ("rl.temperature", 0.0, "config.rl.temperature 0.0 must be above 0"),
         ("rl.optim.schedule", "linear", "unknown optim.schedule 'linear'; known: constant, cosine"),
         ("rl.loss.aggregation", "sum", "unknown aggregation 'sum'"),
@@ -179,8 +180,8 @@ def test_gradients_that_are_not_finite(here: world.World, tmp_path: Path, monkey
     run = here.run(tmp_path)
     honest = sft.sft_gradients
 
-    def broken(graph: Any, micro: int, policy: state.TrainState, batch: dict[str, jax.Array], objective: Any) -> Any:
-        loss, tokens, grads = honest(graph, micro, policy, batch, objective)
+    def broken(graph: Any, micro: int, policy: state.TrainState, batch: dict[str, jax.Array], *how: Any) -> Any:
+        loss, tokens, grads = honest(graph, micro, policy, batch, *how)
         bad = (policy.step == 1) | (policy.step >= 4)
         return loss, tokens, jax.tree.map(lambda g: jnp.where(bad, jnp.nan, g), grads)
 
@@ -202,6 +203,6 @@ def test_gradients_that_are_not_finite(here: world.World, tmp_path: Path, monkey
 
 def test_a_validation_loss_that_is_never_finite(here: world.World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = world.config(atlas__buckets=1)
-    monkeypatch.setattr(sft, "validation_loss", lambda *_: float("nan"))
+    monkeypatch.setattr(sft, "validate", lambda *_: {"validation_loss": float("nan")})
     with on_mesh(here.mesh), pytest.raises(FloatingPointError, match="the validation loss was never finite in 4 steps"):
         here.run(tmp_path).fit(made.warm_start, "warm_start", jax.tree.map(jnp.copy, here.state))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,10 @@ import pytest
 from flax import nnx
 
 from omnisapiens_jax.atlas.faults import BadSamples
-from omnisapiens_jax.atlas.labels import HBA
+from omnisapiens_jax.atlas.labels import HBA, REAL_TEXT
 from omnisapiens_jax.convert.huggingface import write_thinker
 from omnisapiens_jax.convert.kinds import open_source
+from omnisapiens_jax.convert.label_files import domains_of, write_companions
 from omnisapiens_jax.convert.source import Source
 from omnisapiens_jax.convert.unfinished import whole_or_nothing
 from omnisapiens_jax.evaluation.answers import Answer, load_answers, save_answers
@@ -27,8 +28,8 @@ from omnisapiens_jax.processing.tensors import ConversionError
 from omnisapiens_jax.resources import resource
 from omnisapiens_jax.training import jobs
 from omnisapiens_jax.training.data import Atlas
-from omnisapiens_jax.training.journal import read_metrics
-from omnisapiens_jax.training.state import TrainState, create_state, thinker_config
+from omnisapiens_jax.training.journal import Journal, read_metrics
+from omnisapiens_jax.training.state import TrainState, create_state, open_weights, thinker_config
 from tests import tiny
 from tests.checkpoints import tiny_thinker
 from tests.models import cases
@@ -116,12 +117,33 @@ def test_a_stage_of_heads_is_a_checkpoint(first: tuple[Path, Any, TrainState, An
         np.testing.assert_array_equal(found, wanted.T, strict=True)
     assert factors[0].any() and not factors[1].any()  # nothing reads the last of the two layers
 
+    (tmp_path / "began").mkdir()
+    (tmp_path / "began" / "label_scheme.json").write_text(json.dumps(REAL_TEXT.released()))  # of heads that are no more
     with whole_or_nothing(tmp_path / "released", None) as (target, journal):
         write_thinker(source.merged(), target, journal)
+        write_companions(dataclasses.replace(source.merged(), companions=tmp_path / "began"), target)
     released = open_source(tmp_path / "released")
+    assert domains_of(source) == domains_of(released) == HBA.domains
+    assert json.loads((tmp_path / "released" / "label_scheme.json").read_text()) == HBA.released()
     assert (tmp_path / "released" / "heads.bin").is_file() and released.parts.keys() == source.parts.keys()
     for name, tensor in source.parts.items():
         np.testing.assert_array_equal(released.parts[name].read(), tensor.read(), strict=True)
+
+
+def test_heads_of_other_classes_are_refused(theirs: Path, tmp_path: Path) -> None:
+    """As many in each head, but in another order."""
+    shutil.copytree(theirs, tmp_path / "other")
+    turned = dataclasses.replace(HBA, domains=(HBA.domains[0], *HBA.domains[:0:-1]))
+    made = world.config("sft", model__weights=str(tmp_path / "other"), **LORA)
+    for scheme, content in ((HBA, HBA.released()), (None, {"emotion": []}), (turned, turned.released())):
+        (tmp_path / "other" / "label_scheme.json").write_text(json.dumps(content))
+        assert domains_of(open_source(tmp_path / "other")) == (scheme and scheme.domains)
+        open_weights.cache_clear()
+        if scheme is turned:
+            with pytest.raises(ValueError, match=r"other are for other classes, or in another order, .* hba: they are for sentiment_inten"):
+                jobs.check(made, world.mesh_of((1, 1, 1)))
+        else:
+            jobs.check(made, world.mesh_of((1, 1, 1)))
 
 
 def test_heads_go_on_from_those_of_the_weights(first: tuple[Path, Any, TrainState, Any]) -> None:
@@ -139,6 +161,36 @@ def test_a_finished_stage_is_not_run_again(first: tuple[Path, world.World, Train
     with on_mesh(here.mesh):
         again = here.run(folder).fit(here.config.sft, "sft", jax.tree.map(jnp.copy, here.state), jobs.LABELS)
     assert (folder / "sft" / "metrics.jsonl").read_bytes() == before
+    jax.tree.map(np.testing.assert_array_equal, again.trainable, state.trainable)
+
+
+class Killed(BaseException):
+    """Nothing in the package catches it."""
+
+
+def test_a_stage_that_goes_on_drops_what_it_would_have_dropped(
+    first: tuple[Path, world.World, TrainState, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """LoRA dropout is on, and the run is killed behind a checkpoint: the same losses and factors, bit for bit."""
+    folder, here, state, _ = first
+    assert here.config.model.lora.dropout > 0
+    write = Journal.write
+
+    def deadly(self: Journal, step: int, metrics: Mapping[str, Any]) -> dict[str, float]:
+        if step == 3:
+            raise Killed
+        return write(self, step, metrics)
+
+    def fit() -> TrainState:
+        with on_mesh(here.mesh):
+            return here.run(tmp_path).fit(here.config.sft, "sft", jax.tree.map(jnp.copy, here.state), jobs.LABELS)
+
+    monkeypatch.setattr(Journal, "write", deadly)
+    with pytest.raises(Killed):
+        fit()
+    monkeypatch.setattr(Journal, "write", write)
+    again, losses = fit(), ([row["loss"] for row in read_metrics(where / "sft" / "metrics.jsonl")] for where in (folder, tmp_path))
+    assert len({tuple(rows) for rows in losses}) == 1
     jax.tree.map(np.testing.assert_array_equal, again.trainable, state.trainable)
 
 
