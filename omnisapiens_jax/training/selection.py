@@ -45,7 +45,7 @@ class Selection:
             `losses.confusion`.
         """
         parts = [*sums]
-        found = {f"validation_{LOSS}": mean(part[:2] for part in parts)}
+        found = {f"validation_{LOSS}": mean((part[0], part[1]) for part in parts)}
         if self.by != LOSS:
             counts: Any = sum(np.asarray(part[2], np.int64) for part in parts)
             found[self.key] = float(set_scores(counts)[self.by])

@@ -74,7 +74,8 @@ def test_a_batch_of_kept_embeddings_has_no_media(weights: Path, tmp_path: Path) 
             for name in ("positions", "segment_ids", "labels", "domain", "label", "index"):
                 np.testing.assert_array_equal(batch[name], plain[step][name])
             thinker = thinker_of(nnx.merge(here.graph, parameters(here.state)))
-            wanted = np.asarray(thinker.embed(plain[step])) * (batch["segment_ids"] > 0)[..., None]
+            embedded = thinker.embed({name: jnp.asarray(array) for name, array in plain[step].items()})
+            wanted = np.asarray(embedded) * (batch["segment_ids"] > 0)[..., None]
             np.testing.assert_allclose(batch["embedded"], wanted, atol=1e-5 * np.abs(wanted).max())
 
 
