@@ -52,6 +52,8 @@ GROWTH = (  # how the cost grows with length and batch
     *(Case("heads", batch, length) for batch, length in ((2, 512), (8, 256))),
     *(Case("decode", batch, length, 32) for batch, length in ((1, 256), (1, 1024), (4, 256), (16, 256))),
 )
+# glibc's settings of the Makefile, for both sides: temporaries in huge pages, from a heap that is kept.
+MALLOC = {"hugetlb": 1, "arena_max": 1, "mmap_max": 0, "trim_threshold": 2**34, "top_pad": 2**26}
 CONFIG = ThinkerConfig(
     text=TextConfig(
         vocab_size=VOCAB,
@@ -191,7 +193,7 @@ def compare(case: Case, ours: np.ndarray, theirs: np.ndarray) -> None:
 def side(python: str, script: str, folder: Path) -> Iterator[Side]:
     """A process that serves cases; it ends when its pipe closes."""
     environment = os.environ | {
-        "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1:glibc.malloc.arena_max=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184:glibc.malloc.top_pad=67108864",
+        "GLIBC_TUNABLES": ":".join(f"glibc.malloc.{name}={value}" for name, value in MALLOC.items()),
         "OMP_NUM_THREADS": "2",
         "OMP_WAIT_POLICY": "PASSIVE",
         "JAX_PLATFORMS": "cpu",

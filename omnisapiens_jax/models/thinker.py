@@ -210,7 +210,8 @@ _target_log_probs.defvjp(_forward, _backward, symbolic_zeros=True)
 class _Scores(NamedTuple):
     """Logits `[T, V]` over the temperature, and the logarithm of the sum of their exponentials `[T, 1]`, in float32.
 
-    Not their difference, the log-probabilities: XLA on CPU joins the subtraction to the product with the head, and takes three times as long.
+    Not their difference, the log-probabilities: XLA on CPU joins the subtraction to the product with the head, and takes
+    three times as long.
     """
 
     logits: jax.Array
