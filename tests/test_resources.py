@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+import textwrap
 import venv
 import zipfile
 from pathlib import Path
@@ -38,6 +40,31 @@ def test_an_installed_package_answers_from_inside_and_ignores_its_neighbours(tmp
     (tmp_path / "site-packages" / "configs").mkdir()  # somebody else's
     monkeypatch.setattr(resources, "_PACKAGE", package)
     assert resources.resource("configs") == inside
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux what is resident")
+def test_freed_memory_goes_back_to_the_system() -> None:
+    """Blocks of 64 kB, of which the last alone stays, lie below the heap's top: freed, and still resident."""
+    code = """
+    from omnisapiens_jax.resources import give_back_memory
+
+    def resident():
+        return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmRSS")) / 1024
+
+    before = resident()
+    blocks = [bytearray(b"x") * 2**16 for _ in range(3200)]
+    last = blocks.pop()
+    del blocks
+    freed = resident()
+    give_back_memory()
+    print(freed - before, resident() - before)
+    """
+    told = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], env=os.environ | {"GLIBC_TUNABLES": ""}, capture_output=True, check=True
+    )
+    freed, after = map(float, told.stdout.split())
+    assert freed > 150  # MiB
+    assert after < 20
 
 
 def test_a_missing_resource_says_where_it_looked() -> None:

@@ -6,7 +6,6 @@ of their own each, started once, without jax. Whatever ends a worker costs the o
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import dataclasses
 import functools
@@ -33,6 +32,7 @@ from omnisapiens_jax.atlas.recipe import Recipe
 from omnisapiens_jax.atlas.schema import Sample, SampleError
 from omnisapiens_jax.atlas.sources import Source
 from omnisapiens_jax.processing.example import Bucket, Example
+from omnisapiens_jax.resources import give_back_memory
 
 Kinds = tuple[str, str, str]  # signature, dataset, task
 
@@ -100,7 +100,7 @@ class IsolatedDecoder:
 
     def __init__(self, decoder: Decoder, pool: WorkerPool) -> None:
         self._pool, self._payload, self._source = pool, pickle.dumps(decoder), decoder.source
-        _trim()
+        give_back_memory()  # a vocabulary of 150,000 leaves as much behind as it takes when it is read
 
     def measure(self, row: int) -> tuple[Kinds, Bucket, int, list[SampleError]]:
         """See `Decoder.measure`."""
@@ -257,6 +257,7 @@ class _Worker:
         # Rows are what is worked on in parallel. Arrow's own allocator takes a gigabyte at once, which the bound would count.
         changed: dict[str, str] = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS"), "1")
         changed["ARROW_DEFAULT_MEMORY_POOL"] = "system"
+        changed["GLIBC_TUNABLES"] = ""  # a heap that is kept suits the run's own process: a worker gives memory back
         with theirs:
             self._process = subprocess.Popen(
                 [sys.executable, "-c", f"import sys; sys.path[:] = {sys.path!r}; {call}"],
@@ -390,7 +391,7 @@ def _serve(file: int, memory: int, parent: int) -> None:
         try:
             if new is not None:
                 decoders[number] = pickle.loads(new)
-                _trim()
+                give_back_memory()
                 _bound(memory)
             tell = lambda sample: send(connection, ("dataset", sample.dataset))  # noqa: E731
             answer = "answer", getattr(decoders[number], task)(row, *arguments, told=tell)
@@ -409,12 +410,6 @@ def _end_with(parent: int) -> None:
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     if os.getppid() != parent:
         os._exit(1)
-
-
-def _trim() -> None:
-    """Gives freed memory back to the system: a vocabulary of 150,000 leaves as much behind as it takes when it is read."""
-    with contextlib.suppress(AttributeError, OSError):  # not every C library can
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _bound(memory: int) -> None:

@@ -15,6 +15,8 @@ import tensorboardX
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from omnisapiens_jax.resources import give_back_memory
+
 Item = TypeVar("Item")
 
 console = Console()
@@ -29,6 +31,7 @@ class Journal:
     def __init__(self, directory: Path, *, start: int):
         """Opens `directory/metrics.jsonl`; lines of steps from `start` on (written by a run that was killed) are taken back."""
         self._last = time.perf_counter()
+        self._compilations = 0  # when memory was last given back
         self._writes = jax.process_index() == 0
         if not self._writes:
             return
@@ -50,11 +53,14 @@ class Journal:
             self._board.close()
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> dict[str, float]:
-        """Writes one line; device scalars are fetched here, in one transfer."""
+        """Writes one line; device scalars are fetched here, in one transfer. Gives back what a program took to be compiled."""
         now = time.perf_counter()
         values = {name: np.asarray(value).item() for name, value in jax.device_get(dict(metrics)).items()}
         values |= {"time/seconds": now - self._last, "time/compilations": Compilations.count}
         self._last = now
+        if Compilations.count != self._compilations:  # compiling and a first run leave holes that no later temporary fits into
+            self._compilations = Compilations.count
+            give_back_memory()
         if self._writes:
             self._file.write(json.dumps({"step": step, **values}) + "\n")
             self._file.flush()
