@@ -16,7 +16,10 @@ from omnisapiens_jax.atlas.plan import MASKED, PlanConfig, Planner
 from omnisapiens_jax.atlas.recipe import Recipe, lower_answer, target_text
 from omnisapiens_jax.atlas.schema import SampleError
 from omnisapiens_jax.atlas.sources import open_source
+from omnisapiens_jax.processing.chat import WordDropout
+from omnisapiens_jax.processing.tokenizers import QwenTokenizer
 from tests.atlas.toys import CONFIG, edit_row, recipe, write_atlas
+from tests.qwen_vocabulary import qwen_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +90,7 @@ def test_dropout_takes_the_content_and_nothing_else(atlas, mode):
 
 @pytest.mark.parametrize("mode", ["mixed", "packed"])
 def test_word_dropout_leaves_out_words_and_nothing_else(atlas, mode):
-    size = {"mode": mode, "batch_size": 30 if mode == "mixed" else 2}
+    size: dict[str, Any] = {"mode": mode, "batch_size": 30 if mode == "mixed" else 2}
     whole, fewer = (
         make(atlas, PipelineConfig(cache_bytes=2**28), target=target_text, **size, **odds) for odds in ({}, {"word_dropout": 0.5})
     )
@@ -107,6 +110,17 @@ def test_word_dropout_leaves_out_words_and_nothing_else(atlas, mode):
             left.append(kept / len(said))
         of_epoch.append(after)
     assert of_epoch[0] != of_epoch[1] and abs(np.mean(left) - 0.5) < 0.1
+
+
+def test_word_dropout_never_lengthens_a_sample(atlas):
+    """Behind "Transcript:" without a space this vocabulary spells "wonderful" in more tokens than "a" and " wonderful" take."""
+    tokenizer = QwenTokenizer(qwen_tokenizer())
+    how = recipe(tokenizer=tokenizer, config=dataclasses.replace(CONFIG, tokens=tokenizer.ids))
+    sample = dataclasses.replace(open_source(atlas)[0], problem="Transcript:a wonderful\nHow?")
+    seeds = [seed for seed in range(1, 20) if WordDropout(0.9, seed)(sample.problem) == "Transcript:wonderful\nHow?"]
+    assert len(seeds) > 3
+    for seed in seeds:
+        np.testing.assert_array_equal(how.build(sample, words=WordDropout(0.9, seed)).tokens, how.build(sample).tokens)
 
 
 def _segments(pipeline, epoch):
