@@ -90,10 +90,8 @@ def test_dropout_takes_the_content_and_nothing_else(atlas, mode):
 
 @pytest.mark.parametrize("mode", ["mixed", "packed"])
 def test_word_dropout_leaves_out_words_and_nothing_else(atlas, mode):
-    size: dict[str, Any] = {"mode": mode, "batch_size": 30 if mode == "mixed" else 2}
-    whole, fewer = (
-        make(atlas, PipelineConfig(cache_bytes=2**28), target=target_text, **size, **odds) for odds in ({}, {"word_dropout": 0.5})
-    )
+    plan: dict[str, Any] = {"mode": mode, "batch_size": 30 if mode == "mixed" else 2}
+    whole, fewer = (make(atlas, PipelineConfig(cache_bytes=2**28), target=target_text, **plan, word_dropout=odds) for odds in (0.0, 0.5))
     source, encode, left = open_source(atlas), recipe().tokenizer.encode, []
     of_epoch = []
     for epoch in (0, 1):
