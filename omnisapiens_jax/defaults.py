@@ -79,7 +79,8 @@ def base(size: str) -> ConfigDict:
                 "temperature": 1.0,  # above 1 an epoch is a mixture, in which every dataset has a share of size ** (1 / temperature)
                 "balance": "dataset",  # or task: what the mixture weighs
                 "audio_dropout": 0.0,  # odds that a sample's sound is silenced,
-                "video_dropout": 0.0,  # its pictures greyed
+                "video_dropout": 0.0,  # its pictures greyed,
+                "word_dropout": 0.0,  # each word of its transcript left out
             },
             # A row that cannot be used: raise stops the run, skip leaves it out, zero feeds silence and black for its media.
             "on_error": "raise" if mini else "skip",

@@ -13,11 +13,12 @@ import grain
 import numpy as np
 
 from omnisapiens_jax.atlas.faults import FaultLog, Policy, count
-from omnisapiens_jax.atlas.plan import MASKED, NO_AUDIO, NO_VIDEO, Index, Planner, Step
+from omnisapiens_jax.atlas.plan import MASKED, NO_AUDIO, NO_VIDEO, Planner, Step
 from omnisapiens_jax.atlas.recipe import Recipe
 from omnisapiens_jax.atlas.schema import SampleError
 from omnisapiens_jax.atlas.sources import Source
 from omnisapiens_jax.atlas.workers import DEADLINE, MEMORY, open_decoder
+from omnisapiens_jax.processing.chat import WordDropout
 from omnisapiens_jax.processing.example import Batch, Bucket, Example, collate, collate_packed
 
 
@@ -28,7 +29,7 @@ class PipelineConfig:
     Attributes:
         on_error: what an unusable row does: `raise`, or `skip`, which masks its slot and notes it in `Pipeline.faults`, or `zero`, which
             notes it too, but feeds the row with silence and black in the place of media that cannot be used.
-        cache_bytes: bound of the built examples kept in memory, 0 for none. RL meets its prompts again.
+        cache_bytes: bound of the built examples kept in memory, 0 for none. RL meets its prompts again. Those that lose words are not kept.
         workers: processes that decode; 0 decodes in threads of this one.
         deadline: seconds that a worker process may take for a row before it is ended.
         memory: bytes that a worker process may allocate beyond what it begins with.
@@ -71,7 +72,7 @@ class Pipeline:
         self.faults = FaultLog() if faults is None else faults
         self.faults_of_step: list[SampleError] = []
         self._config = config
-        self._load = _Load(source, recipe, planner.index, config)
+        self._load = _Load(source, recipe, planner, config)
 
     def batches(self, start: int, stop: int) -> Iterator[tuple[int, Batch]]:
         """(step, batch) for global steps `start` to `stop - 1`.
@@ -112,14 +113,14 @@ class _Steps:
 
     def __getitem__(self, index: int) -> Step:
         step = self._planner[self._start + index]
-        return Step(step.bucket, step.ids[self._host], step.withheld[self._host])
+        return Step(step.bucket, step.ids[self._host], step.withheld[self._host], step.words[self._host])
 
 
 class _Load:
     """A step of one host -> (batch, faults): the places of samples that cannot be used are masked."""
 
-    def __init__(self, source: Source, recipe: Recipe, index: Index, config: PipelineConfig) -> None:
-        self._model, self._index = recipe.config, index
+    def __init__(self, source: Source, recipe: Recipe, planner: Planner, config: PipelineConfig) -> None:
+        self._model, self._index, self._odds = recipe.config, planner.index, planner.config.word_dropout
         self._decoder = open_decoder(
             source, recipe, zero=config.on_error == "zero", workers=config.workers, deadline=config.deadline, memory=config.memory
         )
@@ -127,8 +128,8 @@ class _Load:
         self._cache = _Cache(config.cache_bytes)
 
     def __call__(self, step: Step) -> tuple[Batch, list[SampleError]]:
-        ids, withheld = step.ids.ravel().tolist(), step.withheld.ravel().tolist()
-        places = [*(self._pool.map if self._pool else map)(self._place, ids, withheld)]
+        slots = (array.ravel().tolist() for array in (step.ids, step.withheld, step.words))
+        places = [*(self._pool.map if self._pool else map)(self._place, *slots)]
         return self._collate([example for example, _ in places], step), [fault for _, faults in places for fault in faults]
 
     def _collate(self, examples: list[Example | None], step: Step) -> Batch:
@@ -140,21 +141,21 @@ class _Load:
             batch = collate_packed(rows, step.bucket, self._model)
         return {**batch, "index": np.where(batch["row_mask"], step.ids, MASKED)}
 
-    def _place(self, i: int, withheld: int) -> tuple[Example | None, list[SampleError]]:
+    def _place(self, i: int, withheld: int, seed: int) -> tuple[Example | None, list[SampleError]]:
         if i == MASKED:
             return None, []
         try:
-            example, faults = self._example(i)
+            example, faults = self._example(i, WordDropout(self._odds, seed) if seed else None)
         except SampleError as fault:
             return None, [fault]
         return example.without(audio=bool(withheld & NO_AUDIO), video=bool(withheld & NO_VIDEO)) if withheld else example, faults
 
-    def _example(self, i: int) -> tuple[Example, list[SampleError]]:
-        if (example := self._cache.get(i)) is not None:
+    def _example(self, i: int, words: WordDropout | None) -> tuple[Example, list[SampleError]]:
+        if words is None and (example := self._cache.get(i)) is not None:
             return example, []
         place = np.searchsorted(self._index.ids, i)
-        example, replaced = self._decoder.build(i, int(self._index.excess[place]), Bucket(*self._index.sizes[place].tolist()))
-        if not replaced:  # else it is counted again when it comes round
+        example, replaced = self._decoder.build(i, int(self._index.excess[place]), Bucket(*self._index.sizes[place].tolist()), words)
+        if words is None and not replaced:  # else it is counted again when it comes round
             self._cache.put(i, example)
         return example, replaced
 

@@ -20,6 +20,8 @@ from omnisapiens_jax.processing.example import Bucket
 MASKED = -1  # sample id of an empty slot
 NO_AUDIO, NO_VIDEO = 1, 2  # what dropout withholds, see `Step`
 
+DROPOUTS = ("audio_dropout", "video_dropout", "word_dropout")
+
 _ARRAYS = ("ids", "signatures", "sizes", "excess", "datasets", "tasks")  # of an index
 
 Mode = Literal["homogeneous", "mixed", "packed"]
@@ -88,6 +90,8 @@ class PlanConfig:
         audio_dropout: probability with which a sample's sound is turned to silence. It is drawn anew every epoch, for each sample by
             itself. Places, sizes and text stay, so that a row is never without anything.
         video_dropout: probability with which its pictures are turned to even grey, likewise.
+        word_dropout: probability with which each word of its transcript is left out, likewise; one word stays, and so do question and
+            options. It only shortens, so that the sample fits where it was planned.
     """
 
     batch_size: int
@@ -100,6 +104,7 @@ class PlanConfig:
     balance: Balance = "dataset"
     audio_dropout: float = 0.0
     video_dropout: float = 0.0
+    word_dropout: float = 0.0
 
     def __post_init__(self) -> None:
         if self.batch_size < 1 or self.hosts < 1 or self.batch_size % self.hosts:
@@ -109,10 +114,10 @@ class PlanConfig:
                 raise ValueError(f"unknown {name} {value!r}; known: {', '.join(kinds)}")
         if not self.temperature >= 1:
             raise ValueError(f"temperature {self.temperature} must be at least 1 (every sample once)")
-        for name in ("audio_dropout", "video_dropout"):
+        for name in DROPOUTS:
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} {getattr(self, name)} is a probability, from 0 to 1")
-        if not self.shuffle and (self.temperature > 1 or self.audio_dropout or self.video_dropout):
+        if not self.shuffle and (self.temperature > 1 or any(getattr(self, name) for name in DROPOUTS)):
             raise ValueError("a mixture and dropout are for training: with shuffle=False every sample comes once, as it is")
 
 
@@ -124,27 +129,30 @@ class Step:
         bucket: its shape.
         ids: `[hosts, rows]` (packed: `[hosts, rows, segments]`) int64 sample ids, `MASKED` where there is none.
         withheld: what dropout takes from each of them, as uint8: `NO_AUDIO`, `NO_VIDEO`, both added up, or 0.
+        words: the seed by which each of them loses words (`chat.WordDropout`), as uint32, or 0: it loses none.
     """
 
     bucket: Bucket
     ids: np.ndarray
     withheld: np.ndarray
+    words: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Plan:
-    """One epoch of S steps: `bucket` `[S]` points into `buckets`; `ids` and `withheld` are those of `Step`, stacked to `[S, ...]`."""
+    """One epoch of S steps: `bucket` `[S]` points into `buckets`; `ids`, `withheld` and `words` are those of `Step`, as `[S, ...]`."""
 
     buckets: tuple[Bucket, ...]
     bucket: np.ndarray
     ids: np.ndarray
     withheld: np.ndarray
+    words: np.ndarray
 
     def __len__(self) -> int:
         return len(self.bucket)
 
     def __getitem__(self, step: int) -> Step:
-        return Step(self.buckets[self.bucket[step]], self.ids[step], self.withheld[step])
+        return Step(self.buckets[self.bucket[step]], self.ids[step], self.withheld[step], self.words[step])
 
 
 class Planner:
@@ -231,7 +239,8 @@ class Planner:
         rows = np.array([row for _, row in batches], np.int64).reshape(shape)
         ids = np.where(rows < 0, MASKED, self.index.ids[rows])
         withheld = np.where(rows < 0, 0, self._withheld(epoch)[rows]).astype(np.uint8)
-        return Plan(self.buckets, np.array([b for b, _ in batches], np.int32), ids, withheld)
+        words = np.where(rows < 0, 0, self._words(epoch)[rows]).astype(np.uint32)
+        return Plan(self.buckets, np.array([b for b, _ in batches], np.int32), ids, withheld, words)
 
     def _segments(self) -> tuple[int, ...]:
         """The axis that a packed plan has more."""
@@ -244,6 +253,13 @@ class Planner:
             return np.zeros(len(ids), np.uint8)
         luck = np.random.default_rng((self.config.seed, epoch, 1)).random((int(ids.max()) + 1, 2))[ids]
         return (luck < odds) @ np.array([NO_AUDIO, NO_VIDEO], np.uint8)
+
+    def _words(self, epoch: int) -> np.ndarray:
+        """The seeds `[N]` of the words that each sample loses in this epoch, likewise."""
+        ids = self.index.ids
+        if not self.config.word_dropout:
+            return np.zeros(len(ids), np.uint32)
+        return np.random.default_rng((self.config.seed, epoch, 2)).integers(1, 2**32, int(ids.max()) + 1, np.uint32)[ids]
 
     def _cut(self, rows: np.ndarray) -> list[np.ndarray]:
         """Rows `[M, ...]` -> batches `[batch_size, ...]`, the last one filled with -1 or dropped."""

@@ -13,7 +13,7 @@ import numpy as np
 from omnisapiens_jax.atlas.labels import HBA, LabelScheme
 from omnisapiens_jax.atlas.schema import Sample, SampleError
 from omnisapiens_jax.models.config import ThinkerConfig
-from omnisapiens_jax.processing.chat import shorten_transcript
+from omnisapiens_jax.processing.chat import WordDropout, shorten_transcript
 from omnisapiens_jax.processing.example import IGNORED, Bucket, Example, build_example, lay_out_words, measure
 from omnisapiens_jax.processing.media import MediaError
 from omnisapiens_jax.processing.options import ProcessingConfig
@@ -108,8 +108,12 @@ class Recipe:
             size = self._guarded(sample, measure, self._shortened(sample, excess), None if replaced is None else [])
         return size, excess
 
-    def build(self, sample: Sample, excess: int = 0, replaced: list[SampleError] | None = None) -> Example:
+    def build(
+        self, sample: Sample, excess: int = 0, replaced: list[SampleError] | None = None, words: WordDropout | None = None
+    ) -> Example:
         """The example of a sample, its transcript shortened by the `excess` tokens that `measure` found; `replaced` as there.
+
+        With `words` it loses some of its transcript, and is not longer for it.
 
         It knows its head and its class, as the scheme has them.
 
@@ -117,9 +121,12 @@ class Recipe:
             SampleError: the row cannot be used.
         """
         self.scheme.check(sample)
-        cut_off = excess if self.truncation == "right" else 0
-        example = self._guarded(sample, build_example, self._shortened(sample, excess - cut_off), replaced)
-        if cut_off:
+        right = self.truncation == "right"
+        problem = self._shortened(sample, 0 if right else excess)
+        if words is not None:
+            problem = self._without(words, problem)
+        example = self._guarded(sample, build_example, problem, replaced)
+        if cut_off := max(len(example.tokens) - self.max_tokens, 0) if right else 0:
             kept = np.delete(np.arange(len(example.tokens)), slice(example.prompt_length - cut_off, example.prompt_length))
             example = lay_out_words(example.tokens[kept], example.labels[kept], example.prompt_length - cut_off, self.config)
         if self.target is not None:
@@ -146,6 +153,11 @@ class Recipe:
                 field="problem",
             )
         return problem
+
+    def _without(self, words: WordDropout, problem: str) -> str:
+        """`problem` without those words; as it is where that takes more tokens, as it may where words meet without a space."""
+        fewer = words(problem)
+        return fewer if len(self.tokenizer.encode(fewer)) <= len(self.tokenizer.encode(problem)) else problem
 
     def _inputs(self, sample: Sample, problem: str) -> dict[str, Any]:
         return {

@@ -31,6 +31,7 @@ from typing import Any
 from omnisapiens_jax.atlas.recipe import Recipe
 from omnisapiens_jax.atlas.schema import Sample, SampleError
 from omnisapiens_jax.atlas.sources import Source
+from omnisapiens_jax.processing.chat import WordDropout
 from omnisapiens_jax.processing.example import Bucket, Example
 from omnisapiens_jax.resources import give_back_memory
 
@@ -70,15 +71,20 @@ class Decoder:
         return (sample.modality_signature, sample.dataset, sample.task), size, excess, replaced or []
 
     def build(
-        self, row: int, excess: int = 0, planned: Bucket | None = None, told: Callable[[Sample], None] | None = None
+        self,
+        row: int,
+        excess: int = 0,
+        planned: Bucket | None = None,
+        words: WordDropout | None = None,
+        told: Callable[[Sample], None] | None = None,
     ) -> tuple[Example, list[SampleError]]:
-        """The example of a row that `measure` found `excess` tokens too long, and the faults of the media that were replaced.
+        """The example of a row that `measure` found `excess` tokens too long, without `words`, and the faults of media that were replaced.
 
         Raises:
             SampleError: the row cannot be used, or is larger than the `planned` size.
         """
         sample, replaced = self._read(row, told), [] if self.zero else None
-        example = _within_memory(sample, lambda: self.recipe.build(sample, excess, replaced))
+        example = _within_memory(sample, lambda: self.recipe.build(sample, excess, replaced, words))
         if planned is not None and not planned.holds(example.size()):
             reason = f"now gives {example.size()}, not the {planned} planned with: the file changed since it was measured"
             raise sample.error(f"{reason}; delete the length cache", kind="media", field="media")
@@ -106,9 +112,11 @@ class IsolatedDecoder:
         """See `Decoder.measure`."""
         return self._pool.run(self._payload, self._source.file(row), "measure", row)
 
-    def build(self, row: int, excess: int = 0, planned: Bucket | None = None) -> tuple[Example, list[SampleError]]:
+    def build(
+        self, row: int, excess: int = 0, planned: Bucket | None = None, words: WordDropout | None = None
+    ) -> tuple[Example, list[SampleError]]:
         """See `Decoder.build`. The arrays lie in memory that the worker filled: nothing is copied on the way."""
-        return self._pool.run(self._payload, self._source.file(row), "build", row, excess, planned)
+        return self._pool.run(self._payload, self._source.file(row), "build", row, excess, planned, words)
 
 
 def open_decoder(

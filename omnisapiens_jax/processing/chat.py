@@ -7,6 +7,8 @@ import hashlib
 import re
 from collections.abc import Callable, Mapping, Sequence
 
+import numpy as np
+
 TAGS: Mapping[str, str] = {"image": "<image>", "video": "<video>", "audio": "<audio>"}
 PLACEHOLDERS: Mapping[str, str] = {
     "image": "<|vision_bos|><|IMAGE|><|vision_eos|>",
@@ -99,6 +101,27 @@ def transcript_span(problem: str) -> tuple[int, int] | None:
     if found is None or not problem[found.end() :].strip() or any(tag in found["words"] for tag in TAGS.values()):
         return None
     return found.span("words")
+
+
+@dataclasses.dataclass(frozen=True)
+class WordDropout:
+    """Leaves out words of a transcript, each with probability `odds`, as `seed` has it."""
+
+    odds: float
+    seed: int
+
+    def __call__(self, problem: str) -> str:
+        """`problem` without these words, each with the white space before it.
+
+        One word stays at least. Only words that `transcript_span` finds go: media, question and options stay whole.
+        """
+        begin, end = transcript_span(problem) or (0, 0)
+        words = re.findall(r"\s*\S+", problem[begin:end])
+        if not words:
+            return problem
+        luck = np.random.default_rng(self.seed).random(len(words))
+        kept = [word for word, own in zip(words, luck, strict=True) if own >= min(self.odds, luck.max())]
+        return problem[:begin] + "".join(kept).lstrip() + problem[end:]
 
 
 def shorten_transcript(problem: str, excess_tokens: int, encode: Callable[[str], list[int]]) -> str | None:

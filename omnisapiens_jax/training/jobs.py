@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from omnisapiens_jax import defaults, resources
 from omnisapiens_jax.atlas.faults import Policy
 from omnisapiens_jax.atlas.labels import SCHEMES
-from omnisapiens_jax.atlas.plan import Index, Mode, PlanConfig
+from omnisapiens_jax.atlas.plan import DROPOUTS, Index, Mode, PlanConfig
 from omnisapiens_jax.atlas.recipe import Target, lower_answer, target_text
 from omnisapiens_jax.convert.label_files import domains_of
 from omnisapiens_jax.evaluation.answers import Answer, accuracy, evaluations, load_answers, save_answers
@@ -346,13 +346,14 @@ def check(config: ml_collections.ConfigDict, mesh: Mesh) -> None:
         rows, updates = ("prompts", config.rl.updates) if name == "rl" else ("batch_size", 1)
         if config[name].rows != "none":
             batches.append((f"{name}.{rows}", config[name][rows], updates, config[name].micro_batches))
+    dropped = [f"config.atlas.training.{name}" for name in DROPOUTS if config.atlas.training[name]]
     if "bam" in config:
         bam.check(config.bam, thinker_config(config.model))
         batches.append(("bam.batch_size", config.bam.batch_size, 1, config.bam.micro_batches))
         if config.atlas.batches == "packed":
             raise ValueError("config.atlas.batches packed is not for bam: descriptors belong to a row; choose homogeneous or mixed")
-        if config.bam.cached and (config.atlas.training.audio_dropout or config.atlas.training.video_dropout):
-            raise ValueError("config.atlas.training withholds media, but states are computed once: set config.bam.cached=False")
+        if config.bam.cached and dropped:
+            raise ValueError(f"{dropped[0]} draws anew each epoch, but states are computed once: set config.bam.cached=False")
     if cached := [name for name in stages if name != "rl" and config[name].cached]:
         lora, trained = config.model.lora, ""
         if config.model.trains != "lm_head":
@@ -361,8 +362,8 @@ def check(config: ml_collections.ConfigDict, mesh: Mesh) -> None:
             raise ValueError(
                 f"config.{cached[0]}.cached keeps what frozen towers give, but {trained} is trained: it is for LoRA on the decoder alone"
             )
-        if config.atlas.training.audio_dropout or config.atlas.training.video_dropout:
-            raise ValueError(f"config.atlas.training withholds media, but they are encoded once: set config.{cached[0]}.cached=False")
+        if dropped:
+            raise ValueError(f"{dropped[0]} draws anew each epoch, but rows are encoded once: set config.{cached[0]}.cached=False")
         if config.atlas.batches == "packed":
             raise ValueError(f"config.{cached[0]}.cached keeps rows of one sample: config.atlas.batches homogeneous or mixed, not packed")
     if config.job == "sft":

@@ -8,7 +8,7 @@ import pytest
 from omnisapiens_jax.atlas.recipe import lower_answer, target_text
 from omnisapiens_jax.atlas.schema import SampleError
 from omnisapiens_jax.atlas.sources import open_source
-from omnisapiens_jax.processing.chat import OMNI_SYSTEM, PLAIN_SYSTEM
+from omnisapiens_jax.processing.chat import OMNI_SYSTEM, PLAIN_SYSTEM, WordDropout
 from omnisapiens_jax.processing.example import IGNORED, Bucket
 from omnisapiens_jax.processing.options import ProcessingConfig
 from tests.atlas.toys import CONFIG, OPTIONS, ToyTokenizer, recipe, write_atlas
@@ -67,6 +67,16 @@ def test_a_prompt_may_lose_its_end_instead_of_its_transcript(samples, target):
     kept = recipe(options=UNFED, target=target, max_tokens=short)
     example = kept.build(sample, kept.measure(sample)[1])
     np.testing.assert_array_equal(example.tokens[: example.prompt_length][-3:], whole.tokens[:length][-3:])
+
+
+def test_a_prompt_that_loses_words_in_training_keeps_more_of_its_end(samples):
+    how = recipe(options=UNFED, truncation="right")
+    words = WordDropout(0.5, 3)
+    whole = how.build(dataclasses.replace(samples[2], problem=words(samples[2].problem)))
+    for room in (3, 0, -3):
+        cut = dataclasses.replace(how, max_tokens=len(whole.tokens) + room)
+        example = cut.build(samples[2], cut.measure(samples[2])[1], words=words)
+        np.testing.assert_array_equal(example.tokens, whole.tokens[: cut.max_tokens])
 
 
 def test_a_target_that_leaves_no_room_is_told(samples):

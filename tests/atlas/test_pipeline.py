@@ -16,7 +16,10 @@ from omnisapiens_jax.atlas.plan import MASKED, PlanConfig, Planner
 from omnisapiens_jax.atlas.recipe import Recipe, lower_answer, target_text
 from omnisapiens_jax.atlas.schema import SampleError
 from omnisapiens_jax.atlas.sources import open_source
+from omnisapiens_jax.processing.chat import WordDropout
+from omnisapiens_jax.processing.tokenizers import QwenTokenizer
 from tests.atlas.toys import CONFIG, edit_row, recipe, write_atlas
+from tests.qwen_vocabulary import qwen_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +88,49 @@ def test_dropout_takes_the_content_and_nothing_else(atlas, mode):
             same({**batch, field: there}, {**lost, field: there})
 
 
-@pytest.mark.parametrize("plan", [{}, {"mode": "packed", "batch_size": 1, "temperature": 2.0, "audio_dropout": 0.5}])
+@pytest.mark.parametrize("mode", ["mixed", "packed"])
+def test_word_dropout_leaves_out_words_and_nothing_else(atlas, mode):
+    plan: dict[str, Any] = {"mode": mode, "batch_size": 30 if mode == "mixed" else 2}
+    whole, fewer = (make(atlas, PipelineConfig(cache_bytes=2**28), target=target_text, **plan, word_dropout=odds) for odds in (0.0, 0.5))
+    source, encode, left = open_source(atlas), recipe().tokenizer.encode, []
+    of_epoch = []
+    for epoch in (0, 1):
+        before, after = (dict(_segments(pipeline, epoch)) for pipeline in (whole, fewer))
+        assert before.keys() == after.keys() == set(range(30))
+        for i, tokens in after.items():
+            said = encode(source[i].problem.split("\n")[0].removeprefix("Transcript: "))
+            begin = next(k for k in range(len(tokens)) if before[i][k : k + len(said)] == said)
+            kept = len(tokens) - len(before[i]) + len(said)
+            assert 1 <= kept <= len(said)
+            assert tokens[:begin] == before[i][:begin] and tokens[begin + kept :] == before[i][begin + len(said) :]
+            rest = iter(said)
+            assert all(word in rest for word in tokens[begin : begin + kept])
+            left.append(kept / len(said))
+        of_epoch.append(after)
+    assert of_epoch[0] != of_epoch[1] and abs(np.mean(left) - 0.5) < 0.1
+
+
+def test_word_dropout_never_lengthens_a_sample(atlas):
+    """Behind "Transcript:" without a space this vocabulary spells "wonderful" in more tokens than "a" and " wonderful" take."""
+    tokenizer = QwenTokenizer(qwen_tokenizer())
+    how = recipe(tokenizer=tokenizer, config=dataclasses.replace(CONFIG, tokens=tokenizer.ids))
+    sample = dataclasses.replace(open_source(atlas)[0], problem="Transcript:a wonderful\nHow?")
+    seeds = [seed for seed in range(1, 20) if WordDropout(0.9, seed)(sample.problem) == "Transcript:wonderful\nHow?"]
+    assert len(seeds) > 3
+    for seed in seeds:
+        np.testing.assert_array_equal(how.build(sample, words=WordDropout(0.9, seed)).tokens, how.build(sample).tokens)
+
+
+def _segments(pipeline, epoch):
+    """The tokens of every sample of an epoch."""
+    first = sum(len(pipeline.planner.epoch(e)) for e in range(epoch))
+    for _, batch in pipeline.batches(first, first + len(pipeline.planner.epoch(epoch))):
+        index = batch["index"].reshape(len(batch["index"]), -1)
+        for row, s in np.argwhere(index != MASKED):
+            yield int(index[row, s]), batch["tokens"][row][batch["segment_ids"][row] == s + 1].tolist()
+
+
+@pytest.mark.parametrize("plan", [{}, {"mode": "packed", "batch_size": 1, "temperature": 2.0, "audio_dropout": 0.5, "word_dropout": 0.5}])
 def test_a_run_resumes_at_any_step_with_the_identical_remainder(atlas, plan):
     whole = dict(make(atlas, **plan).batches(0, 25))  # more than two epochs
     assert 2 * make(atlas, **plan).planner.steps_per_epoch < 25
@@ -98,7 +143,7 @@ def test_a_run_resumes_at_any_step_with_the_identical_remainder(atlas, plan):
 
 @pytest.mark.parametrize("how", [PipelineConfig(threads=0), PipelineConfig(threads=4, ahead=6), PipelineConfig(cache_bytes=2**28)])
 def test_threads_and_cache_change_nothing(atlas, how):
-    plan: dict[str, Any] = {"video_dropout": 0.5}
+    plan: dict[str, Any] = {"video_dropout": 0.5, "word_dropout": 0.5}
     for (_, a), (_, b) in itertools.zip_longest(make(atlas, **plan).batches(0, 20), make(atlas, how, **plan).batches(0, 20)):
         same(a, b)
 
@@ -113,7 +158,15 @@ def test_a_fault_in_a_worker_process_is_the_same_error_and_stops_the_run(tmp_pat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("workers", "plan"), [(1, {}), (2, {}), (2, {"mode": "packed", "batch_size": 1, "audio_dropout": 0.5})])
+@pytest.mark.parametrize(
+    ("workers", "plan"),
+    [
+        (1, {}),
+        (2, {}),
+        (1, {"word_dropout": 0.5}),
+        (2, {"mode": "packed", "batch_size": 1, "audio_dropout": 0.5, "word_dropout": 0.5}),
+    ],
+)
 def test_workers_change_nothing(atlas, workers, plan):
     several = make(atlas, PipelineConfig(workers=workers), **plan).batches(3, 9)
     for (k, a), (n, b) in itertools.zip_longest(make(atlas, **plan).batches(3, 9), several):
@@ -121,9 +174,10 @@ def test_workers_change_nothing(atlas, workers, plan):
         same(a, b)
 
 
-def test_hosts_get_the_same_shapes_and_together_the_whole_batch(atlas):
-    alone = make(atlas)
-    pair = [make(atlas, hosts=2, host=host) for host in (0, 1)]
+@pytest.mark.parametrize("plan", [{}, {"word_dropout": 0.5}])
+def test_hosts_get_the_same_shapes_and_together_the_whole_batch(atlas, plan):
+    alone = make(atlas, **plan)
+    pair = [make(atlas, hosts=2, host=host, **plan) for host in (0, 1)]
     for (_, whole), (_, first), (_, second) in zip(*(p.batches(0, 8) for p in (alone, *pair)), strict=True):
         same(whole, {name: np.concatenate([first[name], second[name]]) for name in whole})
 

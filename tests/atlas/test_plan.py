@@ -63,7 +63,7 @@ configs = st.fixed_dictionaries(
     }
 )
 # Epochs of a mixture hold some samples more than once.
-mixtures = configs.map(lambda config: {**config, "shuffle": True, "temperature": 3.0, "audio_dropout": 0.3})
+mixtures = configs.map(lambda config: {**config, "shuffle": True, "temperature": 3.0, "audio_dropout": 0.3, "word_dropout": 0.5})
 
 
 @settings(max_examples=40, deadline=None)
@@ -100,7 +100,7 @@ def test_a_plan_is_a_function_of_its_inputs_and_of_the_step(config, count, data)
     step = data.draw(st.integers(0, 3 * first.steps_per_epoch))
     for k in (step, 0, step + 1):  # in any order, and over the end of an epoch
         assert first[k].bucket == second[k].bucket
-        assert np.array_equal(first[k].ids, second[k].ids) and np.array_equal(first[k].withheld, second[k].withheld)
+        assert all(np.array_equal(getattr(first[k], name), getattr(second[k], name)) for name in ("ids", "withheld", "words"))
     epoch, position = first.locate(step)
     assert sum(len(first.epoch(e)) for e in range(epoch)) + position == step and 0 <= position < len(first.epoch(epoch))
     assert np.array_equal(first[step].ids, first.epoch(epoch)[position].ids)
@@ -112,7 +112,7 @@ def test_the_number_of_hosts_changes_only_who_does_what(config, count):
     index = make_index(count, seed=count)
     one, four = (make_planner(index, **{**config, "hosts": hosts}).epoch(1) for hosts in (1, 4))
     assert np.array_equal(one.bucket, four.bucket)
-    for name in ("ids", "withheld"):
+    for name in ("ids", "withheld", "words"):
         assert np.array_equal(getattr(one, name).reshape(len(one), -1), getattr(four, name).reshape(len(four), -1))
 
 
@@ -158,6 +158,22 @@ def test_dropout_is_drawn_for_each_sample_and_epoch_whatever_surrounds_it():
     lost = [((bits & bit) > 0).mean() for bit in (NO_AUDIO, NO_VIDEO)] + [(bits == NO_AUDIO + NO_VIDEO).mean()]
     np.testing.assert_allclose(lost, [0.3, 0.1, 0.03], atol=0.03)
     assert withheld(index, 2, batch_size=8) != whole != withheld(index, 1, batch_size=8, seed=7)
+
+
+def test_words_are_drawn_for_each_sample_and_epoch_whatever_surrounds_it():
+    index = make_index(3000)
+
+    def seeds(index: Index, epoch: int, **config) -> dict[int, int]:
+        plan = make_planner(index, word_dropout=0.2, **config).epoch(epoch)
+        assert ((plan.words == 0) == (plan.ids == MASKED)).all()
+        return dict(zip(plan.ids[plan.ids >= 0].tolist(), plan.words[plan.ids >= 0].tolist(), strict=True))
+
+    whole, third = seeds(index, 1, batch_size=8), seeds(index.subset(index.ids % 3 == 0), 1, batch_size=12, mode="packed", hosts=4)
+    assert len(third) > 900 and all(whole[i] == seed for i, seed in third.items())
+    assert len({*whole.values()}) > 2990
+    for other in (seeds(index, 2, batch_size=8), seeds(index, 1, batch_size=8, seed=7)):
+        assert all(other[i] != seed for i, seed in whole.items())
+    assert not make_planner(index, batch_size=8, audio_dropout=0.5).epoch(1).words.any()
 
 
 def test_seed_and_epoch_shuffle_anew_and_evaluation_does_not():
@@ -223,7 +239,9 @@ def test_a_plan_that_cannot_be_is_refused_with_the_reason():
         ({"mode": "pakced"}, "unknown mode 'pakced'; known: homogeneous, mixed, packed"),
         ({"temperature": 0.5}, "temperature 0.5 must be at least 1"),
         ({"audio_dropout": 30}, "audio_dropout 30 is a probability"),
+        ({"word_dropout": -0.1}, "word_dropout -0.1 is a probability"),
         ({"shuffle": False, "video_dropout": 0.1}, "are for training"),
+        ({"shuffle": False, "word_dropout": 0.1}, "are for training"),
     ):
         with pytest.raises(ValueError, match=told):
             PlanConfig(**{"batch_size": 4, **wrong})

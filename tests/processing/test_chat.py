@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 
 import jinja2
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from omnisapiens_jax.processing import chat
-from omnisapiens_jax.processing.chat import Message, Part, build_messages, media_order, render, shorten_transcript
+from omnisapiens_jax.processing.chat import Message, Part, WordDropout, build_messages, media_order, render, shorten_transcript
 from tests.published_chat_template import PUBLISHED
 
 ALL = ("audio", "video", "image")
@@ -99,3 +100,35 @@ def test_a_problem_that_cannot_be_shortened_enough_is_given_up():
 )
 def test_a_line_that_may_hold_the_question_is_never_cut(problem: str):
     assert shorten_transcript(problem, 1, words) is None
+
+
+WORDS = st.lists(st.text(alphabet="abé,.!😀", min_size=1, max_size=5), min_size=1, max_size=30)
+SPACES = st.sampled_from([" ", "  ", "\t", "\u00a0"])
+
+
+@given(WORDS, SPACES, st.floats(0, 1), st.integers(1, 2**32 - 1))
+def test_dropout_leaves_some_words_of_the_transcript_in_their_order_and_all_else(said: list[str], space: str, odds: float, seed: int):
+    head, tail = "<audio>Transcript: ", "\nQuestion: how does one feel?\nOptions: sad, happy"
+    problem = head + space.join(said) + tail
+    left = WordDropout(odds, seed)(problem)
+    assert left.startswith(head) and left.endswith(tail)
+    kept, rest = left.removeprefix(head).removesuffix(tail).split(space), iter(said)
+    assert all(kept) and all(word in rest for word in kept)
+    assert left == WordDropout(odds, seed)(problem)
+    assert odds > 0 or left == problem
+    assert odds < 1 or len(kept) == 1
+
+
+def test_dropout_drops_at_its_rate_and_other_words_for_another_seed():
+    said = " ".join(f"w{i}" for i in range(200))
+    kept = [len(WordDropout(0.3, seed)(f"Transcript: {said}\nHow?").split()) - 2 for seed in range(1, 101)]
+    assert abs(np.mean(kept) / 200 - 0.7) < 0.01
+    assert WordDropout(0.3, 1)(f"Transcript: {said}\nHow?") != WordDropout(0.3, 2)(f"Transcript: {said}\nHow?")
+
+
+@pytest.mark.parametrize(
+    "problem",
+    ["Question: how?", "Transcript: \nQuestion: how?", "Transcript: one two three. How? <audio> Choose one: sad, happy\nAnswer shortly."],
+)
+def test_dropout_never_touches_what_may_be_the_question(problem: str):
+    assert WordDropout(1.0, 3)(problem) == problem

@@ -297,6 +297,7 @@ def test_behaviour_attention_is_written_and_read(tmp_path: Path) -> None:
         ({"bam__modalities": ()}, "video or audio, or both"),
         ({"atlas__batches": "packed"}, "packed is not for bam"),
         ({"atlas__training__audio_dropout": 0.5}, "bam.cached=False"),
+        ({"atlas__training__word_dropout": 0.5}, "word_dropout .*bam.cached=False"),
         ({"bam__kind": "attention", "bam__epochs": 0}, "none bring behaviour attention"),
         ({"blanked": ("text",)}, "blanked is not for bam"),
     ],

@@ -100,7 +100,8 @@ def test_embeddings_depend_on_the_towers_and_the_table_alone(weights: Path) -> N
         ({"model__lora__rank": 0}, r"config.sft.cached keeps what frozen towers give, but every parameter is trained"),
         ({"model__lora__targets__vision": ("q",)}, r"but vision is trained: it is for LoRA on the decoder alone"),
         ({"compat__lora_scope": "suffix"}, r"but audio, vision is trained"),
-        ({"atlas__training__audio_dropout": 0.1}, r"config.atlas.training withholds media, but they are encoded once"),
+        ({"atlas__training__audio_dropout": 0.1}, r"config.atlas.training.audio_dropout .* but rows are encoded once"),
+        ({"atlas__training__word_dropout": 0.1}, r"config.atlas.training.word_dropout .* set config.sft.cached=False"),
         ({"atlas__batches": "packed"}, r"config.sft.cached keeps rows of one sample: config.atlas.batches homogeneous or mixed"),
     ],
 )
