@@ -27,13 +27,14 @@ import traceback
 import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
 
 from omnisapiens_jax.atlas.recipe import Recipe
 from omnisapiens_jax.atlas.schema import Sample, SampleError
 from omnisapiens_jax.atlas.sources import Source
 from omnisapiens_jax.processing.example import Bucket, Example
 
+_T = TypeVar("_T")
 Kinds = tuple[str, str, str]  # signature, dataset, task
 
 DEADLINE = 60.0  # seconds
@@ -43,7 +44,7 @@ _TOO_LARGE = "needs more memory to be decoded than there is"
 _SMALL = 2**16  # bytes of arrays up to which an answer goes through the socket
 _ALIGNED = 64
 _GLANCE = 0.5  # seconds between two looks whether the run has ended
-_START = 300.0  # seconds that a worker may take to import what it needs
+_START = 300.0  # seconds that a worker may take to import what it needs, and to load a decoder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,8 +66,8 @@ class Decoder:
         Raises:
             SampleError: the row cannot be used.
         """
-        sample, replaced = self._read(row, told), [] if self.zero else None
-        size, excess = _within_memory(sample, lambda: self.recipe.measure(sample, replaced))
+        sample, replaced = read_row(self.source, row, told), [] if self.zero else None
+        size, excess = within_memory(sample, lambda: self.recipe.measure(sample, replaced))
         return (sample.modality_signature, sample.dataset, sample.task), size, excess, replaced or []
 
     def build(
@@ -77,21 +78,12 @@ class Decoder:
         Raises:
             SampleError: the row cannot be used, or is larger than the `planned` size.
         """
-        sample, replaced = self._read(row, told), [] if self.zero else None
-        example = _within_memory(sample, lambda: self.recipe.build(sample, excess, replaced))
+        sample, replaced = read_row(self.source, row, told), [] if self.zero else None
+        example = within_memory(sample, lambda: self.recipe.build(sample, excess, replaced))
         if planned is not None and not planned.holds(example.size()):
             reason = f"now gives {example.size()}, not the {planned} planned with: the file changed since it was measured"
             raise sample.error(f"{reason}; delete the length cache", kind="media", field="media")
         return example, replaced or []
-
-    def _read(self, row: int, told: Callable[[Sample], None] | None) -> Sample:
-        try:
-            sample = self.source[row]
-        except MemoryError:
-            raise SampleError(_TOO_LARGE, kind="memory", file=self.source.file(row), row=row, dataset="?", field="(the row)") from None
-        if told:
-            told(sample)
-        return sample
 
 
 class IsolatedDecoder:
@@ -125,7 +117,7 @@ def open_decoder(
         memory: bytes that a worker may allocate beyond what it needs to begin (on Linux).
     """
     decoder = Decoder(source, recipe, zero)
-    return IsolatedDecoder(decoder, _shared_pool(workers, deadline, memory)) if workers else decoder
+    return IsolatedDecoder(decoder, shared_pool(workers, deadline, memory)) if workers else decoder
 
 
 class WorkerPool:
@@ -168,7 +160,8 @@ def _close(workers: Sequence[_Worker], starter: ThreadPoolExecutor) -> None:
 _shared_pools_lock = threading.Lock()
 
 
-def _shared_pool(count: int, deadline: float, memory: int) -> WorkerPool:
+def shared_pool(count: int, deadline: float, memory: int) -> WorkerPool:
+    """The pool of this process with these three numbers."""
     with _shared_pools_lock:
         return _make_shared_pool(count, deadline, memory)
 
@@ -178,7 +171,19 @@ def _make_shared_pool(count: int, deadline: float, memory: int) -> WorkerPool:
     return WorkerPool(count, deadline=deadline, memory=memory)
 
 
-def _within_memory(sample: Sample, work: Callable[[], Any]) -> Any:
+def read_row(source: Source, row: int, told: Callable[[Sample], None] | None) -> Sample:
+    """The sample of a row, once it has been `told` of. Raises a `SampleError` also where memory does not suffice to read it."""
+    try:
+        sample = source[row]
+    except MemoryError:
+        raise SampleError(_TOO_LARGE, kind="memory", file=source.file(row), row=row, dataset="?", field="(the row)") from None
+    if told:
+        told(sample)
+    return sample
+
+
+def within_memory(sample: Sample, work: Callable[[], _T]) -> _T:
+    """What some work with a sample gives. Raises a `SampleError` where memory does not suffice for it."""
     try:
         return work()
     except MemoryError:
@@ -220,14 +225,16 @@ class _Worker:
                 self._starter.submit(self._start).result()
             new = None if decoder in self._known else decoder
             number = self._known.setdefault(decoder, len(self._known))
-            until = time.monotonic() + self._deadline
+            until = time.monotonic() + (self._deadline if new is None else _START)
             try:
                 send(self._connection, (number, new, task, row, arguments), self._deadline)
             except OSError:
                 raise self._obituary() from None
             while True:
                 what, answer = self._receive(until)
-                if what == "dataset":
+                if what == "loaded":
+                    until = time.monotonic() + self._deadline
+                elif what == "dataset":
                     dataset = answer
                 elif what == "answer":
                     return answer
@@ -319,7 +326,7 @@ def send(connection: socket.socket, message: Any, timeout: float | None = None) 
     data = pickle.dumps(message, protocol=5, buffer_callback=keep)
     connection.settimeout(timeout)
     if sum(buffer.nbytes for buffer in buffers) <= _SMALL:
-        data = pickle.dumps(message, protocol=5)
+        data = pickle.dumps(message, protocol=5) if buffers else data
         connection.sendall(_HEADER.pack(len(data), 0) + data)
         return
     file = _memory_file()
@@ -392,6 +399,7 @@ def _serve(file: int, memory: int, parent: int) -> None:
                 decoders[number] = pickle.loads(new)
                 _trim()
                 _bound(memory)
+                send(connection, ("loaded", None))
             tell = lambda sample: send(connection, ("dataset", sample.dataset))  # noqa: E731
             answer = "answer", getattr(decoders[number], task)(row, *arguments, told=tell)
         except SampleError as fault:

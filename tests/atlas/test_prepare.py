@@ -20,9 +20,11 @@ from hypothesis import strategies as st
 from omnisapiens_jax.atlas import prepare as prepare_module
 from omnisapiens_jax.atlas.faults import BadSamples
 from omnisapiens_jax.atlas.prepare import Config, damaged, main, prepare, summary
+from omnisapiens_jax.atlas.records import Receipt
 from omnisapiens_jax.atlas.schema import SampleError
 from omnisapiens_jax.atlas.sources import ArrayRecordSource, open_source, open_splits
 from omnisapiens_jax.processing.descriptors.read import Descriptor
+from tests.atlas.planted import Deadly
 from tests.atlas.release import TEXTS, sounds_described, torch_saved, videos_described, write_release
 from tests.atlas.toys import edit_row
 
@@ -213,6 +215,53 @@ def test_beam_does_it_in_two_processes(release, prepared, tmp_path):
         time.sleep(0.002)
     assert process.returncode == 0 and at_once >= 2
     assert checksums(Config.of().folder(tmp_path)) == checksums(prepared)
+
+
+def without(rows, lost):
+    return [row["problem"] for i, row in enumerate(rows) if i not in lost]
+
+
+def problems(source):
+    return [source[i].problem for i in range(len(source))]
+
+
+def test_a_row_on_which_a_library_crashes_hangs_or_takes_all_memory_is_lost_alone(release, prepared, tmp_path, monkeypatch):
+    deeds = {"crash": 3, "quit": 14, "flood": 25, "hang": 36}
+    monkeypatch.setattr(
+        "omnisapiens_jax.atlas.shards.open_source",
+        lambda path: Deadly.of(open_source(path), **deeds) if path.endswith("train") else open_source(path),
+    )
+    again = functools.partial(prepare, release[0], tmp_path, workers=1, shard_rows=10, deadline=2.0, memory=2**29)
+    with pytest.raises(BadSamples, match="4 samples cannot be used"):
+        again()
+    folder = again(on_error="skip")
+    faults = Receipt.load(folder).splits["train"]
+    assert [(fault.row, fault.kind) for shard in faults for fault in shard.faults] == [
+        (3, "crash"),
+        (14, "crash"),
+        (25, "memory"),
+        (36, "timeout"),
+    ]
+    assert problems(open_source(folder / "train")) == without(release[1]["train"], deeds.values())
+    spoiled = {f"train.array_record-0000{i}" for i in range(4)}
+    whole = {name: digest for name, digest in checksums(prepared).items() if "array_record-" in name}
+    same = {name for name, digest in checksums(folder).items() if whole.get(name) == digest}
+    assert {*whole} - same == {name for name in whole if any(part in name for part in spoiled)}
+
+
+@pytest.mark.slow
+def test_under_beam_too(loose, tmp_path):
+    """A pipe that nobody fills, and a file larger than memory: what the reader does with them needs no help from us."""
+    rows = [json.loads(line) for line in (loose / TRAIN).read_text().splitlines()]
+    hung, flooded = [i for i, row in enumerate(rows) if row["audios"]][:2]
+    (loose / rows[hung]["audios"][0]).unlink()
+    os.mkfifo(loose / rows[hung]["audios"][0])
+    os.truncate(loose / rows[flooded]["audios"][0], 2**40)
+    folder = Config.of().folder(tmp_path)
+    subprocess.run(command(loose, tmp_path, BEAM, "--on-error=skip", "--deadline=1"), cwd=REPO, capture_output=True, check=True)
+    found = [fault for shard in Receipt.load(folder).splits["train"] for fault in shard.faults]
+    assert {fault.row: fault.kind for fault in found} == {hung: "timeout", flooded: "memory"}
+    assert problems(open_source(folder / "train")) == without(rows, {hung, flooded})
 
 
 def test_a_damaged_file_is_found_and_made_again(release, tmp_path):

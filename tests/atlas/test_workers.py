@@ -79,7 +79,7 @@ def test_what_ends_a_worker_is_one_samples_fault(atlas, pool, deed, kind, phrase
 
 
 def test_a_row_that_ends_its_worker_before_it_is_read_can_be_listed_and_left_out(atlas, pool, tmp_path):
-    source: Any = Deadly(JsonlSource(atlas), 4)
+    source: Any = Deadly.of(JsonlSource(atlas), crash=4)
     with pytest.raises(SampleError, match="SIGSEGV") as caught:
         IsolatedDecoder(Decoder(source, recipe()), pool).build(4)
     FaultLog([caught.value], quarantine=tmp_path / "quarantine.jsonl")
