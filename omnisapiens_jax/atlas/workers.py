@@ -37,14 +37,15 @@ from omnisapiens_jax.processing.example import Bucket, Example
 _T = TypeVar("_T")
 Kinds = tuple[str, str, str]  # signature, dataset, task
 
-DEADLINE = 60.0  # seconds
+DEADLINE = 60.0  # seconds of processor time
 MEMORY = 2**32  # bytes
 
 _TOO_LARGE = "needs more memory to be decoded than there is"
 _SMALL = 2**16  # bytes of arrays up to which an answer goes through the socket
 _ALIGNED = 64
 _GLANCE = 0.5  # seconds between two looks whether the run has ended
-_START = 300.0  # seconds that a worker may take to import what it needs, and to load a decoder
+_START = 60.0  # seconds of processor time to import what a worker needs, and to load a decoder
+_PATIENCE = 10  # times its seconds of processor time that a worker may take by the wall clock
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +114,8 @@ def open_decoder(
         recipe: how they become examples.
         zero: put silence and black in the place of media that cannot be used.
         workers: processes; 0 isolates nothing.
-        deadline: seconds of wall clock that a worker may take for a row.
+        deadline: seconds of processor time that a worker may take for a row, and ten times as many by the wall clock: a busy machine costs
+            no sample, and what sleeps for ever is ended too. (Where the system does not tell the time of a process, all by the clock.)
         memory: bytes that a worker may allocate beyond what it needs to begin (on Linux).
     """
     decoder = Decoder(source, recipe, zero)
@@ -208,6 +210,33 @@ class _Ended(Exception):
         self.kind, self.reason = kind, reason
 
 
+class _Limit:
+    """How long a process may take from now on."""
+
+    def __init__(self, pid: int, seconds: float) -> None:
+        self._pid, self._seconds = pid, seconds
+        self._worked, self._began = _processor_time(pid), time.monotonic()
+
+    def check(self) -> None:
+        """Raises `_Ended` when it has had its time."""
+        if _processor_time(self._pid) - self._worked >= self._seconds:
+            raise _Ended("timeout", f"was not decoded within {self._seconds:g} s of processor time, its worker process was ended")
+        if time.monotonic() - self._began >= self._seconds * _PATIENCE:
+            raise _Ended("timeout", f"was not decoded within {self._seconds * _PATIENCE:g} s, its worker process was ended")
+
+
+def _processor_time(pid: int) -> float:
+    """Seconds that a process of ours has worked, all its threads together; 0 of one that is gone, the wall clock where nobody tells."""
+    if sys.platform != "linux":
+        return time.monotonic()
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            fields = file.read().rpartition(b")")[2].split()  # the name before it may hold anything
+    except OSError:
+        return 0.0
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")  # in user code, in the kernel
+
+
 class _Worker:
     """One worker as its pool sees it. Used by one thread at a time; only `end` may be called beside it."""
 
@@ -225,15 +254,17 @@ class _Worker:
                 self._starter.submit(self._start).result()
             new = None if decoder in self._known else decoder
             number = self._known.setdefault(decoder, len(self._known))
-            until = time.monotonic() + (self._deadline if new is None else _START)
+            limit = self._limit(self._deadline if new is None else _START)
             try:
-                send(self._connection, (number, new, task, row, arguments), self._deadline)
+                send(self._connection, (number, new, task, row, arguments), _START * _PATIENCE)
+            except TimeoutError:
+                raise _Ended("timeout", f"was not taken up by a worker process within {_START * _PATIENCE:g} s") from None
             except OSError:
                 raise self._obituary() from None
             while True:
-                what, answer = self._receive(until)
+                what, answer = self._receive(limit)
                 if what == "loaded":
-                    until = time.monotonic() + self._deadline
+                    limit = self._limit(self._deadline)
                 elif what == "dataset":
                     dataset = answer
                 elif what == "answer":
@@ -273,15 +304,18 @@ class _Worker:
             )
         self._socket, self._known = ours, {}
         try:
-            self._receive(time.monotonic() + _START)
+            self._receive(self._limit(_START))
         except _Ended as ended:
             self.end()
             raise RuntimeError(f"a worker process could not start ({ended.reason}); what it said stands above") from None
 
-    def _receive(self, until: float) -> tuple[str, Any]:
+    def _limit(self, seconds: float) -> _Limit:
+        assert self._process is not None
+        return _Limit(self._process.pid, seconds)
+
+    def _receive(self, limit: _Limit) -> tuple[str, Any]:
         def look() -> None:
-            if time.monotonic() >= until:
-                raise _Ended("timeout", f"was not decoded within {self._deadline:g} s, its worker process was ended")
+            limit.check()
             if not multiprocessing.connection.wait([self._connection], _GLANCE):
                 raise TimeoutError
 
