@@ -88,9 +88,9 @@ def prepare(
 ) -> Path:
     """Writes the splits of an atlas below `target` and returns their folder; `open_source(folder / "train")` and TFDS read it.
 
-    Rows keep the order of the source. The folder appears when it is whole; a call that was killed goes on where it was. On a folder that
-    is whole already, every checksum is verified and a file that is damaged or missing is made again. The same source and arguments give
-    the same bytes, whoever does the work.
+    Rows keep the order of the source. The folder appears when it is whole; a call that was killed goes on where it was, and makes again
+    the files of which media or descriptors have changed since. On a folder that is whole already, every checksum is verified and a file
+    that is damaged or missing is made again. The same source and arguments give the same bytes, whoever does the work.
 
     Args:
         source: a folder with train, validation and test in any form that `open_splits` knows.
@@ -102,9 +102,10 @@ def prepare(
         beam: options of a Beam pipeline that does the work instead, as `PipelineOptions` or such as `["--runner=FlinkRunner", ...]`. Needs
             the extra `beam`.
         on_error: `raise` finishes what can be and then fails with all unusable rows, and the next call tries their files again; `skip`
-            leaves these rows out, and broken descriptors out of rows.
+            leaves these rows out, and broken descriptors out of rows. A row that took too long or too much memory before a kill is tried
+            again by both.
         shard_rows: rows a file.
-        deadline: seconds that a process may take for a row, see `open_decoder`.
+        deadline: seconds of processor time that a process may take for a row, see `open_decoder`.
         memory: bytes that it may allocate for one.
         progress: called with (rows done, rows in all).
 
@@ -128,7 +129,7 @@ def prepare(
     jobs = _jobs(Path(source), plan, rows, folder if whole else half, receipts, descriptors)
     if whole:
         return _mended(folder, jobs, lambda damaged: _run_here(damaged, workers, deadline, memory), progress)
-    unfinished = [job for job in jobs if (shard := job.finished()) is None or (shard.faults and on_error == "raise")]
+    unfinished = [job for job in jobs if (shard := job.finished()) is None or job.stale() or _to_be_tried_again(shard, on_error)]
     for job in unfinished:
         job.receipt.unlink(missing_ok=True)
     with _watched(jobs, progress):
@@ -143,6 +144,11 @@ def prepare(
     _publish(receipt, half, folder)
     shutil.rmtree(receipts)
     return folder
+
+
+def _to_be_tried_again(shard: Shard, on_error: str) -> bool:
+    """Whether a finished file lacks rows that it should have, or may get: time and memory can have been short for a while only."""
+    return any(on_error == "raise" or fault.kind in ("timeout", "memory") for fault in shard.faults)
 
 
 def damaged(folder: str | Path, progress: Progress | None = None) -> list[str]:
@@ -360,7 +366,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--workers", type=int, help="processes (one a core; 0: this one)")
     parser.add_argument("--beam", help='let Beam do it, with these options: --beam="--runner=FlinkRunner --flink_master=HOST:PORT"')
     parser.add_argument("--on-error", choices=("raise", "skip"), default="raise", help="what rows that cannot be used do")
-    parser.add_argument("--deadline", type=float, default=DEADLINE, help="seconds that a process may take for a row (%(default)g)")
+    parser.add_argument("--deadline", type=float, default=DEADLINE, help="seconds of processor time for a row (%(default)g)")
     parser.add_argument("--shard-rows", type=int, default=SHARD_ROWS, help="rows a file (%(default)s)")
     arguments = parser.parse_args(argv)
     try:

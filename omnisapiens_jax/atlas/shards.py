@@ -22,7 +22,7 @@ from typing import Any
 from omnisapiens_jax.atlas import records
 from omnisapiens_jax.atlas.labels import HBA
 from omnisapiens_jax.atlas.records import Encoded, Shard
-from omnisapiens_jax.atlas.schema import Sample, SampleError
+from omnisapiens_jax.atlas.schema import FEATURE_FIELDS, MEDIA_FIELDS, Sample, SampleError
 from omnisapiens_jax.atlas.sources import Source, open_source
 from omnisapiens_jax.atlas.workers import WorkerPool, read_row, shared_pool, within_memory
 
@@ -52,11 +52,34 @@ class Job:
         return Path(self.receipts) / f"{self.file}.json"
 
     def finished(self) -> Shard | None:
-        """The receipt of the file, None where it is still to be made."""
+        """What is known of the file, None where it is still to be made."""
+        if (receipt := self._receipt()) is None:
+            return None
+        shard, _ = receipt
+        path = Path(self.folder) / shard.file
+        return shard if path.is_file() and path.stat().st_size == shard.size else None
+
+    def stale(self) -> bool:
+        """Whether the finished file was made of media or descriptors that are not what lies there now."""
+        receipt = self._receipt()
+        return receipt is not None and receipt[1] != self.stamp()
+
+    def stamp(self) -> str:
+        """SHA-256 over the stamps of all that the rows name."""
+        source = _opened(self.source, self.descriptors)[0].source
+        fields = (*MEDIA_FIELDS, *FEATURE_FIELDS)
+        return hashlib.sha256("\n".join(source.stamp(row, fields) for row in self.rows).encode()).hexdigest()
+
+    def note(self, shard: Shard, stamp: str) -> None:
+        """Writes the receipt."""
+        with drafted(self.receipt) as draft:
+            draft.write_text(json.dumps({"stamp": stamp, "shard": shard.to_json()}))
+
+    def _receipt(self) -> tuple[Shard, str] | None:
         try:
-            shard = Shard.from_json(json.loads(self.receipt.read_text()))
-            return shard if (Path(self.folder) / shard.file).stat().st_size == shard.size else None
-        except (FileNotFoundError, ValueError):  # none, or what a crash of the machine left of one
+            plain = json.loads(self.receipt.read_text())
+            return Shard.from_json(plain["shard"]), plain["stamp"]
+        except (FileNotFoundError, ValueError, KeyError):  # none, or what a crash of the machine left of one, or of an earlier version
             return None
 
 
@@ -101,6 +124,7 @@ def make_shard(job: Job, pool: WorkerPool | None = None) -> None:
     source = encoder.source
     if source.fingerprint() != job.fingerprint:
         raise ValueError(f"{job.source} changed while it was prepared: remove {job.folder} and {job.receipts} and start again")
+    stamp = job.stamp()  # before anything is read: what changes from here on is noticed by the next call
     datasets, described, faults = [], [], []
     with drafted(Path(job.folder) / job.file) as draft:
         writer = array_record_module.ArrayRecordWriter(str(draft), "group_size:1")  # one record can be read alone
@@ -120,8 +144,7 @@ def make_shard(job: Job, pool: WorkerPool | None = None) -> None:
             raise OSError(f"{job.file} cannot be written ({reason})") from reason
         counts = sum(video for video, _ in described), sum(audio for _, audio in described)
         shard = Shard(job.file, draft.stat().st_size, sha256(draft), tuple(datasets), counts, tuple(faults))
-    with drafted(job.receipt) as draft:
-        draft.write_text(json.dumps(shard.to_json()))
+    job.note(shard, stamp)
 
 
 def make_shard_elsewhere(job: Job, deadline: float, memory: int) -> None:

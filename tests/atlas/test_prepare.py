@@ -249,6 +249,41 @@ def test_a_row_on_which_a_library_crashes_hangs_or_takes_all_memory_is_lost_alon
     assert {*whole} - same == {name for name in whole if any(part in name for part in spoiled)}
 
 
+def test_what_ran_out_of_time_before_a_kill_is_tried_again(loose, tmp_path, monkeypatch):
+    """The machine may have been busy; the row is as good as any."""
+    again = functools.partial(prepare, loose, tmp_path, workers=1, shard_rows=10, on_error="skip", deadline=1.5)
+    with monkeypatch.context() as patch:
+        patch.setattr("omnisapiens_jax.atlas.shards.open_source", lambda path: Deadly.of(open_source(path), hang=3))
+        patch.setattr(prepare_module, "_publish", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            again()
+    assert len(open_source(again() / "train")) == len((loose / TRAIN).read_text().splitlines())
+
+
+def test_media_that_change_between_a_kill_and_the_next_call_are_read_anew(loose, tmp_path, monkeypatch):
+    rows = [json.loads(line) for line in (loose / TRAIN).read_text().splitlines()]
+    heard = [i for i, row in enumerate(rows) if row["audios"] and row["ext_audio_feats"]]
+    changed, described = heard[0], heard[-1]
+    assert changed // 10 != described // 10
+    again = functools.partial(prepare, loose, tmp_path, workers=0, shard_rows=10)
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare_module, "_publish", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            again()
+    made = {path.name: path.stat().st_ino for path in tmp_path.rglob("*.part/*-train.*")}
+    path = loose / rows[changed]["audios"][0]
+    path.write_bytes(bytes(reversed(path.read_bytes())))  # as long as before
+    (loose / rows[described]["ext_audio_feats"][0]).unlink()
+    source = open_source((folder := again()) / "train")
+    assert source[changed].audios == (path.read_bytes(),) and not source[described].ext_audio_feats
+    kept = {name for name, inode in made.items() if (folder / name).stat().st_ino == inode}
+    assert {*made} - kept == {name for name in made for row in (changed, described) if f"-{row // 10:05d}-of" in name}
+
+
+def interrupt(*_):
+    raise KeyboardInterrupt
+
+
 @pytest.mark.slow
 def test_under_beam_too(loose, tmp_path):
     """A pipe that nobody fills, and a file larger than memory: what the reader does with them needs no help from us."""
@@ -328,9 +363,6 @@ def test_a_row_of_an_unknown_dataset_is_told_and_in_no_configuration(loose, tmp_
 
 
 def test_the_command_line_tells_what_it_can_go_on_from(release, tmp_path, monkeypatch):
-    def interrupt(job):
-        raise KeyboardInterrupt
-
     def fill_the_disk(job):
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
         try:
