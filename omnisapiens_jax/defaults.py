@@ -87,7 +87,7 @@ def base(size: str) -> ConfigDict:
             "quarantine": "",  # a run's quarantine.jsonl, whose rows are left out
             "cache_bytes": 2**31 if mini else 0,
             "workers": 0,  # processes that decode and that a broken file may crash; 0 decodes in the run's own
-            "deadline": 60.0,  # seconds that a worker may take for a row
+            "deadline": 60.0,  # seconds of processor time that a worker may take for a row
             "worker_bytes": 2**32,  # that it may allocate
         }
     )

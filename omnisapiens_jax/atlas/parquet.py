@@ -17,17 +17,19 @@ import pyarrow.parquet as pq
 from omnisapiens_jax.atlas.schema import MEDIA_FIELDS, Sample, SampleError, sample_from_row
 from omnisapiens_jax.atlas.sources import checked
 
+CACHED_BYTES = 2**30  # of row groups, in every process that reads: a quarter of what a worker may allocate
+
 
 class ParquetSource:
     """Parquet shards whose media columns are `list<binary>`, read as one table in the order given.
 
-    Row groups are read whole and the last `cached_groups` are kept: rows that are near each other in a shard are cheap, a random row costs
-    its row group.
+    Row groups are read whole, and those last asked for are kept up to `cached_bytes` (always the last one): a row of a kept group costs
+    nothing, any other its row group.
     """
 
-    def __init__(self, paths: list[Path], *, cached_groups: int = 4) -> None:
+    def __init__(self, paths: list[Path], *, cached_bytes: int = CACHED_BYTES) -> None:
         self.paths = list(paths)
-        self._cached_groups = cached_groups
+        self._cached_bytes = cached_bytes
         digest, groups = hashlib.sha256(), []
         for number, path in enumerate(self.paths):
             try:
@@ -100,7 +102,7 @@ class ParquetSource:
             shard, number, _ = self._groups[group]
             with pq.ParquetFile(self.paths[shard]) as file:
                 self._kept[group] = file.read_row_group(number)
-            while len(self._kept) > self._cached_groups:
+            while len(self._kept) > 1 and sum(table.nbytes for table in self._kept.values()) > self._cached_bytes:
                 self._kept.popitem(last=False)
         self._kept.move_to_end(group)
         return self._kept[group]

@@ -31,7 +31,7 @@ class PipelineConfig:
             notes it too, but feeds the row with silence and black in the place of media that cannot be used.
         cache_bytes: bound of the built examples kept in memory, 0 for none. RL meets its prompts again. Those that lose words are not kept.
         workers: processes that decode; 0 decodes in threads of this one.
-        deadline: seconds that a worker process may take for a row before it is ended.
+        deadline: seconds of processor time that a worker process may take for a row before it is ended, see `open_decoder`.
         memory: bytes that a worker process may allocate beyond what it begins with.
         threads: threads that decode when there are no workers; 0 decodes when the batch is asked for.
         ahead: batches decoded in advance.

@@ -12,20 +12,16 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import functools
 import hashlib
 import json
-import multiprocessing
 import os
 import shlex
 import shutil
 import sys
-import tempfile
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -34,8 +30,9 @@ from omnisapiens_jax.atlas.faults import BadSamples, FaultLog
 from omnisapiens_jax.atlas.labels import HBA
 from omnisapiens_jax.atlas.parquet import ParquetSource
 from omnisapiens_jax.atlas.records import Receipt, Shard
-from omnisapiens_jax.atlas.schema import Sample, SampleError
-from omnisapiens_jax.atlas.sources import open_source, open_splits
+from omnisapiens_jax.atlas.shards import Job, drafted, forget_sources, make_shard, make_shard_elsewhere, sha256
+from omnisapiens_jax.atlas.sources import open_splits
+from omnisapiens_jax.atlas.workers import DEADLINE, MEMORY, WorkerPool
 
 if TYPE_CHECKING:
     from apache_beam.options.pipeline_options import PipelineOptions  # pyright: ignore[reportMissingImports] - an extra
@@ -75,39 +72,6 @@ class Config:
         return Path(target) / records.NAME / self.name / records.VERSION
 
 
-@dataclasses.dataclass(frozen=True)
-class Job:
-    """One file to make: rows of a split, and where the file and its receipt go."""
-
-    source: str
-    fingerprint: str
-    split: str
-    number: int
-    of: int
-    rows: tuple[int, ...]
-    folder: str
-    receipts: str
-    descriptors: str | None
-
-    @property
-    def file(self) -> str:
-        """Name of the file, as TFDS expects it."""
-        return f"{records.NAME}-{self.split}.array_record-{self.number:05d}-of-{self.of:05d}"
-
-    @property
-    def receipt(self) -> Path:
-        """Where it says that the file is finished."""
-        return Path(self.receipts) / f"{self.file}.json"
-
-    def finished(self) -> Shard | None:
-        """The receipt of the file, None where it is still to be made."""
-        try:
-            shard = Shard.from_json(json.loads(self.receipt.read_text()))
-            return shard if (Path(self.folder) / shard.file).stat().st_size == shard.size else None
-        except (FileNotFoundError, ValueError):  # none, or what a crash of the machine left of one
-            return None
-
-
 def prepare(
     source: str | Path,
     target: str | Path,
@@ -118,13 +82,15 @@ def prepare(
     beam: Sequence[str] | PipelineOptions | None = None,
     on_error: Literal["raise", "skip"] = "raise",
     shard_rows: int = SHARD_ROWS,
+    deadline: float = DEADLINE,
+    memory: int = MEMORY,
     progress: Progress | None = None,
 ) -> Path:
     """Writes the splits of an atlas below `target` and returns their folder; `open_source(folder / "train")` and TFDS read it.
 
-    Rows keep the order of the source. The folder appears when it is whole; a call that was killed goes on where it was. On a folder that
-    is whole already, every checksum is verified and a file that is damaged or missing is made again. The same source and arguments give
-    the same bytes, whoever does the work.
+    Rows keep the order of the source. The folder appears when it is whole; a call that was killed goes on where it was, and makes again
+    the files of which media or descriptors have changed since. On a folder that is whole already, every checksum is verified and a file
+    that is damaged or missing is made again. The same source and arguments give the same bytes, whoever does the work.
 
     Args:
         source: a folder with train, validation and test in any form that `open_splits` knows.
@@ -132,12 +98,15 @@ def prepare(
         config: which datasets (all).
         descriptors: what `omnisapiens_jax.processing.descriptors` made of the release's media, `pose/NAME.npz` and `opensmile/NAME.npz`.
             They take the place of the release's, whose sounds have no low-level descriptors. Not for parquet, which names no media.
-        workers: processes of this machine (one a core); 0 does the work in this one.
+        workers: processes of this machine that read rows (one a core); 0 reads them in this one, which a broken file may end.
         beam: options of a Beam pipeline that does the work instead, as `PipelineOptions` or such as `["--runner=FlinkRunner", ...]`. Needs
             the extra `beam`.
         on_error: `raise` finishes what can be and then fails with all unusable rows, and the next call tries their files again; `skip`
-            leaves these rows out, and broken descriptors out of rows.
+            leaves these rows out, and broken descriptors out of rows. A row that took too long or too much memory before a kill is tried
+            again by both.
         shard_rows: rows a file.
+        deadline: seconds of processor time that a process may take for a row, see `open_decoder`.
+        memory: bytes that it may allocate for one.
         progress: called with (rows done, rows in all).
 
     Raises:
@@ -145,7 +114,7 @@ def prepare(
         FileNotFoundError: the source is no atlas.
         ValueError: the folder, or one half made, is of another source or other arguments.
     """
-    _opened.cache_clear()  # what a call before this one opened may have changed
+    forget_sources()
     config = config or Config.of()
     folder = config.folder(target)
     plan, rows = _plan(Path(source), config, shard_rows, descriptors)
@@ -159,15 +128,15 @@ def prepare(
         _note_plan(receipts / "plan.json", plan, half)
     jobs = _jobs(Path(source), plan, rows, folder if whole else half, receipts, descriptors)
     if whole:
-        return _mended(folder, jobs, workers, progress)
-    unfinished = [job for job in jobs if (shard := job.finished()) is None or (shard.faults and on_error == "raise")]
+        return _mended(folder, jobs, lambda damaged: _run_here(damaged, workers, deadline, memory), progress)
+    unfinished = [job for job in jobs if (shard := job.finished()) is None or job.stale() or _to_be_tried_again(shard, on_error)]
     for job in unfinished:
         job.receipt.unlink(missing_ok=True)
     with _watched(jobs, progress):
         if beam is None:
-            _run_here(unfinished, workers)
+            _run_here(unfinished, workers, deadline, memory)
         else:
-            _run_beam(unfinished, beam)
+            _run_beam(unfinished, beam, deadline, memory)
     receipt = _collected(plan, jobs)
     faults = FaultLog(fault for shards in receipt.splits.values() for shard in shards for fault in shard.faults)
     if faults and on_error == "raise":
@@ -177,55 +146,9 @@ def prepare(
     return folder
 
 
-def make_shard(job: Job) -> None:
-    """Writes one file, then its receipt. Each appears whole; doing it again gives the same bytes."""
-    from array_record.python import array_record_module  # pyright: ignore[reportAttributeAccessIssue]  # compiled, without types
-
-    source = _opened(job.source)
-    if source.fingerprint() != job.fingerprint:
-        raise ValueError(f"{job.source} changed while it was prepared: remove {job.folder} and {job.receipts} and start again")
-    datasets, described, faults = [], [], []
-    with _draft(Path(job.folder) / job.file) as draft:
-        writer = array_record_module.ArrayRecordWriter(str(draft), "group_size:1")  # one record can be read alone
-        for row in job.rows:
-            try:
-                sample = source[row] if job.descriptors is None else _described(source[row], Path(job.descriptors))
-                _check_dataset(sample)
-                encoded = records.encode(sample)
-            except SampleError as error:
-                faults.append(error)
-                continue
-            writer.write(encoded.record)
-            datasets.append(sample.dataset)
-            described.append(encoded.descriptors)
-            faults += encoded.faults
-        try:
-            writer.close()
-        except RuntimeError as reason:
-            raise OSError(f"{job.file} cannot be written ({reason})") from reason
-        counts = sum(video for video, _ in described), sum(audio for _, audio in described)
-        shard = Shard(job.file, draft.stat().st_size, _sha256(draft), tuple(datasets), counts, tuple(faults))
-    with _draft(job.receipt) as draft:
-        draft.write_text(json.dumps(shard.to_json()))
-
-
-def _check_dataset(sample: Sample) -> None:
-    """Raises a `SampleError` for a row of no known dataset: it is in no configuration."""
-    try:
-        HBA.dataset(sample.dataset)
-    except KeyError as reason:
-        raise sample.error(reason.args[0], kind="label", field="dataset") from None
-
-
-def _described(sample: Sample, descriptors: Path) -> Sample:
-    """The sample with the descriptors of its first video and first sound (or the video's own) that the folder has."""
-    videos = sample.names[len(sample.images) :][: len(sample.videos)]
-    audios = sample.names[len(sample.images) + len(sample.videos) :]
-    found = {}
-    for field, kind, names in (("ext_video_feats", "pose", videos), ("ext_audio_feats", "opensmile", audios or videos)):
-        if names and (path := descriptors / kind / f"{names[0]}.npz").is_file():
-            found[field] = (path,)
-    return dataclasses.replace(sample, **found)
+def _to_be_tried_again(shard: Shard, on_error: str) -> bool:
+    """Whether a finished file lacks rows that it should have, or may get: time and memory can have been short for a while only."""
+    return any(on_error == "raise" or fault.kind in ("timeout", "memory") for fault in shard.faults)
 
 
 def damaged(folder: str | Path, progress: Progress | None = None) -> list[str]:
@@ -235,7 +158,7 @@ def damaged(folder: str | Path, progress: Progress | None = None) -> list[str]:
 
     def right(shard: Shard) -> bool:
         path = folder / shard.file
-        return path.is_file() and path.stat().st_size == shard.size and _sha256(path) == shard.sha256
+        return path.is_file() and path.stat().st_size == shard.size and sha256(path) == shard.sha256
 
     wrong, done, total = [], 0, sum(len(shard.datasets) for shard in shards)
     with ThreadPoolExecutor(2) as pool:
@@ -293,7 +216,7 @@ def _note_plan(path: Path, plan: Mapping[str, Any], half: Path) -> None:
     if path.exists():
         _same_plan(json.loads(path.read_text()), plan, half)
         return
-    with _draft(path) as draft:
+    with drafted(path) as draft:
         draft.write_text(json.dumps(plan))
 
 
@@ -317,7 +240,7 @@ def _jobs(
     return jobs
 
 
-def _mended(folder: Path, jobs: Sequence[Job], workers: int | None, progress: Progress | None) -> Path:
+def _mended(folder: Path, jobs: Sequence[Job], make: Callable[[Sequence[Job]], None], progress: Progress | None) -> Path:
     """Verifies a whole atlas and makes again what is damaged."""
     for left in folder.glob(".*.draft"):  # by a call that was killed
         left.unlink()
@@ -330,7 +253,7 @@ def _mended(folder: Path, jobs: Sequence[Job], workers: int | None, progress: Pr
     wrong = {*damaged(folder, progress)}
     if wrong:
         Path(jobs[0].receipts).mkdir(exist_ok=True)
-        _run_here([job for job in jobs if job.file in wrong], workers)
+        make([job for job in jobs if job.file in wrong])
         if wrong := damaged(folder):
             raise ValueError(f"{folder}: {', '.join(wrong)} made again is not what it was: media files or libraries changed; start afresh")
     with contextlib.suppress(FileNotFoundError):
@@ -338,37 +261,19 @@ def _mended(folder: Path, jobs: Sequence[Job], workers: int | None, progress: Pr
     return folder
 
 
-def _run_here(jobs: Sequence[Job], workers: int | None) -> None:
+def _run_here(jobs: Sequence[Job], workers: int | None, deadline: float, memory: int) -> None:
     if workers == 0:
         for job in jobs:
             make_shard(job)
     elif jobs:
-        # spawn: a forked child of a process that already runs threads can deadlock
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(min(len(jobs), workers or os.cpu_count() or 1), context, initializer=_end_with_parent) as pool:
-            try:
-                for _ in pool.map(make_shard, jobs):
-                    pass
-            except BrokenProcessPool as reason:
-                raise ChildProcessError(
-                    "a process that made files was ended, as the system does when memory runs out; the same command goes on where this one "
-                    "stopped, and fewer --workers need less memory"
-                ) from reason
+        count = min(len(jobs), workers or os.cpu_count() or 1)
+        # A thread writes a file; its rows are read in a process. What interrupts this closes the pool first, and the threads end.
+        with ThreadPoolExecutor(count) as threads, contextlib.closing(WorkerPool(count, deadline=deadline, memory=memory)) as pool:
+            for _ in threads.map(lambda job: make_shard(job, pool), jobs):
+                pass
 
 
-def _end_with_parent() -> None:
-    """A worker whose parent was killed would wait for jobs for ever."""
-    parent = multiprocessing.parent_process()
-
-    def watch() -> None:
-        if parent is not None:
-            parent.join()
-            os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def _run_beam(jobs: Sequence[Job], options: Sequence[str] | PipelineOptions) -> None:
+def _run_beam(jobs: Sequence[Job], options: Sequence[str] | PipelineOptions, deadline: float, memory: int) -> None:
     try:
         import apache_beam  # pyright: ignore[reportMissingImports]
         from apache_beam.options.pipeline_options import PipelineOptions  # pyright: ignore[reportMissingImports]
@@ -378,7 +283,8 @@ def _run_beam(jobs: Sequence[Job], options: Sequence[str] | PipelineOptions) -> 
         options = options if isinstance(options, PipelineOptions) else PipelineOptions(list(options))
         with apache_beam.Pipeline(options=options) as pipeline:
             # Reshuffle, or a runner fuses the steps and one worker does it all.
-            _ = pipeline | apache_beam.Create(list(jobs)) | apache_beam.Reshuffle() | apache_beam.Map(make_shard)
+            make = apache_beam.Map(make_shard_elsewhere, deadline, memory)
+            _ = pipeline | apache_beam.Create(list(jobs)) | apache_beam.Reshuffle() | make
 
 
 @contextlib.contextmanager
@@ -447,30 +353,6 @@ def _write_metadata(receipt: Receipt, folder: Path) -> None:
     )
 
 
-@contextlib.contextmanager
-def _draft(path: Path) -> Iterator[Path]:
-    """A new file that takes the place of `path` when the block ends well. Its name is its own also among several machines."""
-    handle, name = tempfile.mkstemp(prefix=".", suffix=".draft", dir=path.parent)
-    os.close(handle)
-    draft = Path(name)
-    try:
-        yield draft
-        draft.chmod(0o644)
-        os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-@functools.lru_cache(maxsize=4)
-def _opened(path: str) -> Any:
-    return open_source(path)
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(prog="python -m omnisapiens_jax.atlas.prepare", description=(__doc__ or "").split("\n")[0])
@@ -484,6 +366,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--workers", type=int, help="processes (one a core; 0: this one)")
     parser.add_argument("--beam", help='let Beam do it, with these options: --beam="--runner=FlinkRunner --flink_master=HOST:PORT"')
     parser.add_argument("--on-error", choices=("raise", "skip"), default="raise", help="what rows that cannot be used do")
+    parser.add_argument("--deadline", type=float, default=DEADLINE, help="seconds of processor time for a row (%(default)g)")
     parser.add_argument("--shard-rows", type=int, default=SHARD_ROWS, help="rows a file (%(default)s)")
     arguments = parser.parse_args(argv)
     try:
@@ -502,6 +385,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 beam=None if arguments.beam is None else shlex.split(arguments.beam),
                 on_error=arguments.on_error,
                 shard_rows=arguments.shard_rows,
+                deadline=arguments.deadline,
                 progress=_tell,
             )
     except (ValueError, OSError, ImportError) as error:

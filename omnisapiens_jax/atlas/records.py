@@ -79,6 +79,11 @@ def _serializer() -> Any:
     return example_serializer.ExampleSerializer(features().get_serialized_info())
 
 
+def load_serializer() -> None:
+    """Loads what `encode` needs, once."""
+    _serializer()
+
+
 class NoSuchSplit(FileNotFoundError):
     """A split that is not there at all, rather than in part."""
 

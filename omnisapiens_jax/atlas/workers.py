@@ -26,7 +26,7 @@ import traceback
 import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
 
 from omnisapiens_jax.atlas.recipe import Recipe
 from omnisapiens_jax.atlas.schema import Sample, SampleError
@@ -35,16 +35,18 @@ from omnisapiens_jax.processing.chat import WordDropout
 from omnisapiens_jax.processing.example import Bucket, Example
 from omnisapiens_jax.resources import give_back_memory
 
+_T = TypeVar("_T")
 Kinds = tuple[str, str, str]  # signature, dataset, task
 
-DEADLINE = 60.0  # seconds
+DEADLINE = 60.0  # seconds of processor time
 MEMORY = 2**32  # bytes
 
 _TOO_LARGE = "needs more memory to be decoded than there is"
 _SMALL = 2**16  # bytes of arrays up to which an answer goes through the socket
 _ALIGNED = 64
 _GLANCE = 0.5  # seconds between two looks whether the run has ended
-_START = 300.0  # seconds that a worker may take to import what it needs
+_START = 60.0  # seconds of processor time to import what a worker needs, and to load a decoder
+_PATIENCE = 10  # times its seconds of processor time that a worker may take by the wall clock
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,8 +68,8 @@ class Decoder:
         Raises:
             SampleError: the row cannot be used.
         """
-        sample, replaced = self._read(row, told), [] if self.zero else None
-        size, excess = _within_memory(sample, lambda: self.recipe.measure(sample, replaced))
+        sample, replaced = read_row(self.source, row, told), [] if self.zero else None
+        size, excess = within_memory(sample, lambda: self.recipe.measure(sample, replaced))
         return (sample.modality_signature, sample.dataset, sample.task), size, excess, replaced or []
 
     def build(
@@ -83,21 +85,12 @@ class Decoder:
         Raises:
             SampleError: the row cannot be used, or is larger than the `planned` size.
         """
-        sample, replaced = self._read(row, told), [] if self.zero else None
-        example = _within_memory(sample, lambda: self.recipe.build(sample, excess, replaced, words))
+        sample, replaced = read_row(self.source, row, told), [] if self.zero else None
+        example = within_memory(sample, lambda: self.recipe.build(sample, excess, replaced, words))
         if planned is not None and not planned.holds(example.size()):
             reason = f"now gives {example.size()}, not the {planned} planned with: the file changed since it was measured"
             raise sample.error(f"{reason}; delete the length cache", kind="media", field="media")
         return example, replaced or []
-
-    def _read(self, row: int, told: Callable[[Sample], None] | None) -> Sample:
-        try:
-            sample = self.source[row]
-        except MemoryError:
-            raise SampleError(_TOO_LARGE, kind="memory", file=self.source.file(row), row=row, dataset="?", field="(the row)") from None
-        if told:
-            told(sample)
-        return sample
 
 
 class IsolatedDecoder:
@@ -129,11 +122,12 @@ def open_decoder(
         recipe: how they become examples.
         zero: put silence and black in the place of media that cannot be used.
         workers: processes; 0 isolates nothing.
-        deadline: seconds of wall clock that a worker may take for a row.
+        deadline: seconds of processor time that a worker may take for a row, and ten times as many by the wall clock: a busy machine costs
+            no sample, and what sleeps for ever is ended too. (Where the system does not tell the time of a process, all by the clock.)
         memory: bytes that a worker may allocate beyond what it needs to begin (on Linux).
     """
     decoder = Decoder(source, recipe, zero)
-    return IsolatedDecoder(decoder, _shared_pool(workers, deadline, memory)) if workers else decoder
+    return IsolatedDecoder(decoder, shared_pool(workers, deadline, memory)) if workers else decoder
 
 
 class WorkerPool:
@@ -176,7 +170,8 @@ def _close(workers: Sequence[_Worker], starter: ThreadPoolExecutor) -> None:
 _shared_pools_lock = threading.Lock()
 
 
-def _shared_pool(count: int, deadline: float, memory: int) -> WorkerPool:
+def shared_pool(count: int, deadline: float, memory: int) -> WorkerPool:
+    """The pool of this process with these three numbers."""
     with _shared_pools_lock:
         return _make_shared_pool(count, deadline, memory)
 
@@ -186,7 +181,19 @@ def _make_shared_pool(count: int, deadline: float, memory: int) -> WorkerPool:
     return WorkerPool(count, deadline=deadline, memory=memory)
 
 
-def _within_memory(sample: Sample, work: Callable[[], Any]) -> Any:
+def read_row(source: Source, row: int, told: Callable[[Sample], None] | None) -> Sample:
+    """The sample of a row, once it has been `told` of. Raises a `SampleError` also where memory does not suffice to read it."""
+    try:
+        sample = source[row]
+    except MemoryError:
+        raise SampleError(_TOO_LARGE, kind="memory", file=source.file(row), row=row, dataset="?", field="(the row)") from None
+    if told:
+        told(sample)
+    return sample
+
+
+def within_memory(sample: Sample, work: Callable[[], _T]) -> _T:
+    """What some work with a sample gives. Raises a `SampleError` where memory does not suffice for it."""
     try:
         return work()
     except MemoryError:
@@ -211,6 +218,33 @@ class _Ended(Exception):
         self.kind, self.reason = kind, reason
 
 
+class _Limit:
+    """How long a process may take from now on."""
+
+    def __init__(self, pid: int, seconds: float) -> None:
+        self._pid, self._seconds = pid, seconds
+        self._worked, self._began = _processor_time(pid), time.monotonic()
+
+    def check(self) -> None:
+        """Raises `_Ended` when it has had its time."""
+        if _processor_time(self._pid) - self._worked >= self._seconds:
+            raise _Ended("timeout", f"was not decoded within {self._seconds:g} s of processor time, its worker process was ended")
+        if time.monotonic() - self._began >= self._seconds * _PATIENCE:
+            raise _Ended("timeout", f"was not decoded within {self._seconds * _PATIENCE:g} s, its worker process was ended")
+
+
+def _processor_time(pid: int) -> float:
+    """Seconds that a process of ours has worked, all its threads together; 0 of one that is gone, the wall clock where nobody tells."""
+    if sys.platform != "linux":
+        return time.monotonic()
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            fields = file.read().rpartition(b")")[2].split()  # the name before it may hold anything
+    except OSError:
+        return 0.0
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")  # in user code, in the kernel
+
+
 class _Worker:
     """One worker as its pool sees it. Used by one thread at a time; only `end` may be called beside it."""
 
@@ -228,14 +262,18 @@ class _Worker:
                 self._starter.submit(self._start).result()
             new = None if decoder in self._known else decoder
             number = self._known.setdefault(decoder, len(self._known))
-            until = time.monotonic() + self._deadline
+            limit = self._limit(self._deadline if new is None else _START)
             try:
-                send(self._connection, (number, new, task, row, arguments), self._deadline)
+                send(self._connection, (number, new, task, row, arguments), _START * _PATIENCE)
+            except TimeoutError:
+                raise _Ended("timeout", f"was not taken up by a worker process within {_START * _PATIENCE:g} s") from None
             except OSError:
                 raise self._obituary() from None
             while True:
-                what, answer = self._receive(until)
-                if what == "dataset":
+                what, answer = self._receive(limit)
+                if what == "loaded":
+                    limit = self._limit(self._deadline)
+                elif what == "dataset":
                     dataset = answer
                 elif what == "answer":
                     return answer
@@ -275,15 +313,18 @@ class _Worker:
             )
         self._socket, self._known = ours, {}
         try:
-            self._receive(time.monotonic() + _START)
+            self._receive(self._limit(_START))
         except _Ended as ended:
             self.end()
             raise RuntimeError(f"a worker process could not start ({ended.reason}); what it said stands above") from None
 
-    def _receive(self, until: float) -> tuple[str, Any]:
+    def _limit(self, seconds: float) -> _Limit:
+        assert self._process is not None
+        return _Limit(self._process.pid, seconds)
+
+    def _receive(self, limit: _Limit) -> tuple[str, Any]:
         def look() -> None:
-            if time.monotonic() >= until:
-                raise _Ended("timeout", f"was not decoded within {self._deadline:g} s, its worker process was ended")
+            limit.check()
             if not multiprocessing.connection.wait([self._connection], _GLANCE):
                 raise TimeoutError
 
@@ -328,7 +369,7 @@ def send(connection: socket.socket, message: Any, timeout: float | None = None) 
     data = pickle.dumps(message, protocol=5, buffer_callback=keep)
     connection.settimeout(timeout)
     if sum(buffer.nbytes for buffer in buffers) <= _SMALL:
-        data = pickle.dumps(message, protocol=5)
+        data = pickle.dumps(message, protocol=5) if buffers else data
         connection.sendall(_HEADER.pack(len(data), 0) + data)
         return
     file = _memory_file()
@@ -401,6 +442,7 @@ def _serve(file: int, memory: int, parent: int) -> None:
                 decoders[number] = pickle.loads(new)
                 give_back_memory()
                 _bound(memory)
+                send(connection, ("loaded", None))
             tell = lambda sample: send(connection, ("dataset", sample.dataset))  # noqa: E731
             answer = "answer", getattr(decoders[number], task)(row, *arguments, told=tell)
         except SampleError as fault:

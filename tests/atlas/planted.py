@@ -4,9 +4,11 @@ import ctypes
 import dataclasses
 import os
 import time
+from collections.abc import Sequence
 
 from omnisapiens_jax.atlas.recipe import Recipe
-from omnisapiens_jax.atlas.sources import JsonlSource
+from omnisapiens_jax.atlas.schema import MEDIA_FIELDS
+from omnisapiens_jax.atlas.sources import Source
 from tests.atlas.toys import RECIPE
 
 
@@ -69,16 +71,30 @@ def planted(**deeds: int) -> Planted:
 
 @dataclasses.dataclass(frozen=True)
 class Deadly:
-    """A source of which a row cannot even be read: the library that does it crashes."""
+    """A source of which some rows cannot even be read: the library that does it does one of the deeds instead."""
 
-    source: JsonlSource
-    row: int
+    source: Source
+    deeds: tuple[tuple[int, str], ...]
+
+    @classmethod
+    def of(cls, source, **deeds: int):
+        """`Deadly.of(source, crash=3)`: row 3 crashes."""
+        return cls(source, tuple((row, deed) for deed, row in deeds.items()))
 
     def __len__(self):
         return len(self.source)
 
     def __getitem__(self, index):
-        return crash() if index == self.row else self.source[index]
+        for row, deed in self.deeds:
+            if row == index:
+                DEEDS[deed]()
+        return self.source[index]
+
+    def fingerprint(self):
+        return self.source.fingerprint()
+
+    def stamp(self, index: int, fields: Sequence[str] = MEDIA_FIELDS) -> str:
+        return self.source.stamp(index, fields)
 
     def file(self, index):
         return self.source.file(index)

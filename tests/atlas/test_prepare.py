@@ -20,9 +20,11 @@ from hypothesis import strategies as st
 from omnisapiens_jax.atlas import prepare as prepare_module
 from omnisapiens_jax.atlas.faults import BadSamples
 from omnisapiens_jax.atlas.prepare import Config, damaged, main, prepare, summary
+from omnisapiens_jax.atlas.records import Receipt
 from omnisapiens_jax.atlas.schema import SampleError
 from omnisapiens_jax.atlas.sources import ArrayRecordSource, open_source, open_splits
 from omnisapiens_jax.processing.descriptors.read import Descriptor
+from tests.atlas.planted import Deadly
 from tests.atlas.release import TEXTS, sounds_described, torch_saved, videos_described, write_release
 from tests.atlas.toys import edit_row
 
@@ -215,6 +217,88 @@ def test_beam_does_it_in_two_processes(release, prepared, tmp_path):
     assert checksums(Config.of().folder(tmp_path)) == checksums(prepared)
 
 
+def without(rows, lost):
+    return [row["problem"] for i, row in enumerate(rows) if i not in lost]
+
+
+def problems(source):
+    return [source[i].problem for i in range(len(source))]
+
+
+def test_a_row_on_which_a_library_crashes_hangs_or_takes_all_memory_is_lost_alone(release, prepared, tmp_path, monkeypatch):
+    deeds = {"crash": 3, "quit": 14, "flood": 25, "hang": 36}
+    monkeypatch.setattr(
+        "omnisapiens_jax.atlas.shards.open_source",
+        lambda path: Deadly.of(open_source(path), **deeds) if path.endswith("train") else open_source(path),
+    )
+    again = functools.partial(prepare, release[0], tmp_path, workers=1, shard_rows=10, deadline=2.0, memory=2**29)
+    with pytest.raises(BadSamples, match="4 samples cannot be used"):
+        again()
+    folder = again(on_error="skip")
+    faults = Receipt.load(folder).splits["train"]
+    assert [(fault.row, fault.kind) for shard in faults for fault in shard.faults] == [
+        (3, "crash"),
+        (14, "crash"),
+        (25, "memory"),
+        (36, "timeout"),
+    ]
+    assert problems(open_source(folder / "train")) == without(release[1]["train"], deeds.values())
+    spoiled = {f"train.array_record-0000{i}" for i in range(4)}
+    whole = {name: digest for name, digest in checksums(prepared).items() if "array_record-" in name}
+    same = {name for name, digest in checksums(folder).items() if whole.get(name) == digest}
+    assert {*whole} - same == {name for name in whole if any(part in name for part in spoiled)}
+
+
+def test_what_ran_out_of_time_before_a_kill_is_tried_again(loose, tmp_path, monkeypatch):
+    """The machine may have been busy; the row is as good as any."""
+    again = functools.partial(prepare, loose, tmp_path, workers=1, shard_rows=10, on_error="skip", deadline=1.5)
+    with monkeypatch.context() as patch:
+        patch.setattr("omnisapiens_jax.atlas.shards.open_source", lambda path: Deadly.of(open_source(path), hang=3))
+        patch.setattr(prepare_module, "_publish", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            again()
+    assert len(open_source(again() / "train")) == len((loose / TRAIN).read_text().splitlines())
+
+
+def test_media_that_change_between_a_kill_and_the_next_call_are_read_anew(loose, tmp_path, monkeypatch):
+    rows = [json.loads(line) for line in (loose / TRAIN).read_text().splitlines()]
+    heard = [i for i, row in enumerate(rows) if row["audios"] and row["ext_audio_feats"]]
+    changed, described = heard[0], heard[-1]
+    assert changed // 10 != described // 10
+    again = functools.partial(prepare, loose, tmp_path, workers=0, shard_rows=10)
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare_module, "_publish", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            again()
+    made = {path.name: path.stat().st_ino for path in tmp_path.rglob("*.part/*-train.*")}
+    path = loose / rows[changed]["audios"][0]
+    path.write_bytes(bytes(reversed(path.read_bytes())))  # as long as before
+    (loose / rows[described]["ext_audio_feats"][0]).unlink()
+    source = open_source((folder := again()) / "train")
+    assert source[changed].audios == (path.read_bytes(),) and not source[described].ext_audio_feats
+    kept = {name for name, inode in made.items() if (folder / name).stat().st_ino == inode}
+    assert {*made} - kept == {name for name in made for row in (changed, described) if f"-{row // 10:05d}-of" in name}
+
+
+def interrupt(*_):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.slow
+def test_under_beam_too(loose, tmp_path):
+    """A pipe that nobody fills, and a file larger than memory: what the reader does with them needs no help from us."""
+    rows = [json.loads(line) for line in (loose / TRAIN).read_text().splitlines()]
+    hung, flooded = [i for i, row in enumerate(rows) if row["audios"]][:2]
+    (loose / rows[hung]["audios"][0]).unlink()
+    os.mkfifo(loose / rows[hung]["audios"][0])
+    os.truncate(loose / rows[flooded]["audios"][0], 2**40)
+    folder = Config.of().folder(tmp_path)
+    subprocess.run(command(loose, tmp_path, BEAM, "--on-error=skip", "--deadline=1"), cwd=REPO, capture_output=True, check=True)
+    found = [fault for shard in Receipt.load(folder).splits["train"] for fault in shard.faults]
+    assert {fault.row: fault.kind for fault in found} == {hung: "timeout", flooded: "memory"}
+    assert problems(open_source(folder / "train")) == without(rows, {hung, flooded})
+
+
 def test_a_damaged_file_is_found_and_made_again(release, tmp_path):
     folder = prepare(release[0], tmp_path, workers=0, shard_rows=10)
     before = checksums(folder)
@@ -279,9 +363,6 @@ def test_a_row_of_an_unknown_dataset_is_told_and_in_no_configuration(loose, tmp_
 
 
 def test_the_command_line_tells_what_it_can_go_on_from(release, tmp_path, monkeypatch):
-    def interrupt(job):
-        raise KeyboardInterrupt
-
     def fill_the_disk(job):
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
         try:

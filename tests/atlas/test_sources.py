@@ -73,10 +73,24 @@ def test_sources_travel_to_workers(jsonl, parquet):
         assert pickle.loads(pickle.dumps(source))[5] == first
 
 
-def test_few_row_groups_stay_in_memory(parquet):
-    source = ParquetSource(sorted(parquet.parent.glob("*.parquet")), cached_groups=2)
-    assert [source[i].id for i in range(23)] == list(range(23))
-    assert sum(table.num_rows for value in vars(source).values() if isinstance(value, dict) for table in value.values()) <= 2 * 5
+def kept_bytes(source):
+    return sum(table.nbytes for value in vars(source).values() if isinstance(value, dict) for table in value.values())
+
+
+def test_row_groups_stay_in_memory_as_far_as_they_fit(parquet, monkeypatch):
+    read, real = [], pq.ParquetFile.read_row_group
+    monkeypatch.setattr(pq.ParquetFile, "read_row_group", lambda file, group: read.append(group) or real(file, group))
+    shards = sorted(parquet.parent.glob("*.parquet"))
+    order = [*range(0, 23, 5), *range(1, 23, 3), *range(23)]  # as prompts are drawn, here and there
+    roomy = ParquetSource(shards)
+    assert [roomy[i].id for i in order] == order and len(read) == 6  # each group once
+    limit = kept_bytes(roomy) // 2
+    narrow, read[:] = ParquetSource(shards, cached_bytes=limit), []
+    for i in order:
+        assert narrow[i].id == i and 0 < kept_bytes(narrow) <= limit
+    assert 6 < len(read) < len(order)
+    least = ParquetSource(shards, cached_bytes=1)
+    assert least[3].id == 3 and kept_bytes(least) > 0
 
 
 def test_rows_outside_and_files_that_are_not_there(jsonl, tmp_path):
