@@ -46,6 +46,13 @@ FAULTS = {
         "problem",
         "2 <audio>",
     ),
+    "no media where the signature says so": (lambda p: edit_row(p, BAD, audios=[]), "no_media", "audios", "is 'text_video_audio'"),
+    "no media where the problem says so": (
+        lambda p: edit_row(p, BAD, modality_signature="text_audio", videos=None, problem="<video>\nWhich of anger, sad?"),
+        "no_media",
+        "videos",
+        "has <video>",
+    ),
     "too long": (lambda p: edit_row(p, BAD, problem="question " * 300), "too_long", "problem", "no transcript"),
     "not JSON": (
         lambda p: p.write_text(p.read_text().replace('{"problem": "Transcript: ' + words(19), "{x", 1)),
@@ -75,7 +82,7 @@ def test_measuring_names_the_row_and_what_is_wrong(atlas, name):
     assert sum(faults.counts().values()) == 1
 
 
-@pytest.mark.parametrize("name", [name for name, (_, kind, _, _) in FAULTS.items() if kind in ("media", "schema")])
+@pytest.mark.parametrize("name", [name for name, (_, kind, _, _) in FAULTS.items() if kind in ("media", "schema", "no_media")])
 def test_a_row_that_breaks_while_training_stops_the_run_or_masks_its_slot(atlas, name):
     spoil, kind, field, phrase = FAULTS[name]
 
