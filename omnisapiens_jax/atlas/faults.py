@@ -16,6 +16,7 @@ from omnisapiens_jax.atlas.sources import Source
 # What a row that cannot be used does: stop the run, be left out, or, if only its media are at fault, be fed with silence and black.
 Policy = Literal["raise", "skip", "zero"]
 FIELDS = ("file", "row", "dataset", "field", "kind", "reason")  # of a fault, in the order of the quarantine list
+_FINGERPRINT = "fingerprint"  # stands before them there
 
 _SHOWN = 20
 
@@ -27,13 +28,13 @@ class BadSamples(ValueError):
 class FaultLog:
     """The faults of a run: one entry a row, however often the row comes round."""
 
-    def __init__(self, faults: Iterable[SampleError] = (), *, quarantine: Path | None = None) -> None:
+    def __init__(self, faults: Iterable[SampleError] = (), *, quarantine: Quarantine | None = None) -> None:
         """Args:
         faults: those there are from the start.
-        quarantine: the list of bad rows that every new fault is written to as well, see `read_quarantine`.
+        quarantine: the list of bad rows that every new fault is written to as well.
         """
         self._faults: dict[tuple[str, int], SampleError] = {}
-        self._quarantine = _Quarantine(quarantine) if quarantine else None
+        self._quarantine = quarantine
         self.add(*faults)
 
     def __len__(self) -> int:
@@ -80,39 +81,60 @@ def as_record(fault: SampleError) -> dict[str, Any]:
 
 
 def read_quarantine(path: Path) -> list[SampleError]:
-    """The faults of a quarantine list: JSON lines of `file`, `row`, `dataset`, `field`, `kind` and `reason`.
+    """The faults of a quarantine list: JSON lines of `fingerprint`, `file`, `row`, `dataset`, `field`, `kind` and `reason`.
 
     Raises:
         FileNotFoundError: there is no such list.
         ValueError: a line is not one of such a list. (A last line without its end was cut off by a kill, and is passed over.)
     """
+    return [fault for _, fault in _read(path)]
+
+
+def quarantined_rows(path: Path, source: Source) -> frozenset[int]:
+    """Rows of a source that stand in a quarantine list: lines of its fingerprint, wherever its file lay then.
+
+    Raises:
+        FileNotFoundError: there is no such list.
+        ValueError: a line is not one of such a list, or is of other rows that the source's file held before.
+    """
+    rows, fingerprint = set(), source.fingerprint()
+    files = {Path(file).resolve() for file in {source.file(row) for row in range(len(source))}}
+    for number, (made_for, fault) in enumerate(_read(path), start=1):
+        if made_for == fingerprint:
+            rows.add(fault.row)
+        elif Path(fault.file).resolve() in files:
+            raise ValueError(
+                f"{path}, line {number}: {fault.file} has changed since this list was written, so row {fault.row} may be another one now; "
+                "remove the lines of that file, or the list, and a run with on_error='skip' lists anew what is bad"
+            )
+    return frozenset(rows)
+
+
+def _read(path: Path) -> list[tuple[str, SampleError]]:
     *lines, _ = path.read_bytes().split(b"\n")
     return _parsed(path, lines)
 
 
-def _parsed(path: Path, lines: Iterable[bytes]) -> list[SampleError]:
+def _parsed(path: Path, lines: Iterable[bytes]) -> list[tuple[str, SampleError]]:
+    """Fingerprint and fault of every line."""
     faults = []
     for number, line in enumerate(lines, start=1):
         try:
             record = json.loads(line)
-            faults.append(SampleError(**{name: record[name] for name in FIELDS}))
+            faults.append((record[_FINGERPRINT], SampleError(**{name: record[name] for name in FIELDS})))
         except (ValueError, KeyError, TypeError) as reason:
-            raise ValueError(f"{path}, line {number}: not a line of a quarantine list, which has {', '.join(FIELDS)} ({reason})") from None
+            known = ", ".join((_FINGERPRINT, *FIELDS))
+            raise ValueError(f"{path}, line {number}: not a line of a quarantine list, which has {known} ({reason})") from None
     return faults
 
 
-def quarantined_rows(path: Path, source: Source) -> frozenset[int]:
-    """Rows of a source that stand in a quarantine list. Raises as `read_quarantine` does."""
-    faults = [fault for fault in read_quarantine(path) if 0 <= fault.row < len(source)]
-    return frozenset(fault.row for fault in faults if Path(fault.file).resolve() == Path(source.file(fault.row)).resolve())
-
-
-class _Quarantine:
+class Quarantine:
     """A list of bad rows that is written to; other processes and hosts may do the same at the same time."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._read, self._known = 0, set[tuple[str, int]]()  # bytes that were looked at, and the rows that stand there
+    def __init__(self, path: Path, fingerprint: str) -> None:
+        """`fingerprint` is that of the source whose rows are listed from now on; its rows under another one are other rows."""
+        self.path, self._fingerprint = path, fingerprint
+        self._read, self._known = 0, set[tuple[str, str, int]]()  # bytes that were looked at, and the rows that stand there
 
     def append(self, faults: list[SampleError]) -> None:
         """Writes what the list lacks. Only what it has got since the last time is read: a run meets its faults one by one."""
@@ -126,9 +148,10 @@ class _Quarantine:
             *lines, cut = file.read().split(b"\n")
             if cut:  # a kill or a full disk cut it off
                 end = file.truncate(end - len(cut))
-            self._known |= {(fault.file, fault.row) for fault in _parsed(self.path, lines)}
-            new = [fault for fault in faults if (fault.file, fault.row) not in self._known]
-            text = "".join(json.dumps(as_record(fault), ensure_ascii=False) + "\n" for fault in new).encode()
+            self._known |= {(made_for, fault.file, fault.row) for made_for, fault in _parsed(self.path, lines)}
+            new = {key: fault for fault in faults if (key := (self._fingerprint, fault.file, fault.row)) not in self._known}
+            records = [{_FINGERPRINT: self._fingerprint, **as_record(fault)} for fault in new.values()]
+            text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()
             file.write(text)
-            self._known |= {(fault.file, fault.row) for fault in new}
+            self._known |= new.keys()
             self._read = end + len(text)

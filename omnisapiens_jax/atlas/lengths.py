@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from omnisapiens_jax.atlas.faults import BadSamples, FaultLog, Policy, as_record
+from omnisapiens_jax.atlas.faults import BadSamples, FaultLog, Policy, Quarantine, as_record
 from omnisapiens_jax.atlas.plan import Index
 from omnisapiens_jax.atlas.recipe import Recipe
 from omnisapiens_jax.atlas.schema import SampleError
@@ -50,7 +50,7 @@ def length_index(
     on_error: Policy,
     cache: Path | None = None,
     leave_out: Collection[int] = (),
-    quarantine: Path | None = None,
+    quarantine: Quarantine | None = None,
     workers: int = 0,
     deadline: float = DEADLINE,
     memory: int = MEMORY,

@@ -23,10 +23,10 @@ Feature = Media | Descriptor
 class SampleError(ValueError):
     """A row that cannot be used, with what a person needs to find and mend it.
 
-    `kind` is one of `schema` (the row itself), `label` (answer outside the label scheme), `media` (a file that is missing or cannot be
-    decoded), `descriptor` (its file is broken), `placeholders` (tags and media items do not match), `too_long` (no room left after
-    shortening the transcript), and where rows are decoded in processes of their own `crash`, `timeout` and `memory`: what ended the
-    process.
+    `kind` is one of `schema` (the row itself), `no_media` (its signature or its tags promise media of which it names none), `label` (answer
+    outside the label scheme), `media` (a file that is missing or cannot be decoded), `descriptor` (its file is broken), `placeholders`
+    (tags and media items do not match), `too_long` (no room left after shortening the transcript), and where rows are read in processes
+    of their own `crash`, `timeout` and `memory`: what ended the process.
     """
 
     def __init__(self, reason: str, *, kind: str, file: str, row: int, dataset: str, field: str) -> None:
@@ -102,8 +102,8 @@ def sample_from_row(row: Mapping[str, Any], *, file: str, index: int, root: Path
     """
     dataset = row.get("dataset")
 
-    def fault(field: str, reason: str) -> SampleError:
-        return SampleError(reason, kind="schema", file=file, row=index, dataset=str(dataset or "?"), field=field)
+    def fault(field: str, reason: str, kind: str = "schema") -> SampleError:
+        return SampleError(reason, kind=kind, file=file, row=index, dataset=str(dataset or "?"), field=field)
 
     def text(field: str) -> str:
         value = optional_text(field, None)
@@ -158,19 +158,24 @@ def sample_from_row(row: Mapping[str, Any], *, file: str, index: int, root: Path
         task_kind(task)
     except ValueError as error:
         raise fault("task", str(error)) from None
-    answer = text("answer")
+    answer, problem, signature = text("answer"), text("problem"), text("modality_signature").strip()
+    media = {field: items(field) for field in MEDIA_FIELDS}
+    for field in (field for field, named in media.items() if not named):  # else it would be read as a text like others
+        medium = field.removesuffix("s")
+        if medium in signature.split("_"):
+            raise fault(field, f"names none, but modality_signature is {signature!r}", "no_media")
+        if f"<{medium}>" in problem:
+            raise fault(field, f"names none, but the problem has <{medium}>", "no_media")
     return Sample(
         id=index,
         file=file,
-        problem=text("problem"),
+        problem=problem,
         answer=answer,
         dataset=dataset,
-        modality_signature=text("modality_signature").strip(),
+        modality_signature=signature,
         task=task,
         class_label=optional_text("class_label", answer),
-        images=items("images"),
-        videos=items("videos"),
-        audios=items("audios"),
+        **media,
         ext_video_feats=items("ext_video_feats"),
         ext_audio_feats=items("ext_audio_feats"),
         rationale=optional_text("rationale", ""),

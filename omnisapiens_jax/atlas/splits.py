@@ -21,6 +21,7 @@ from omnisapiens_jax.atlas.faults import FaultLog
 from omnisapiens_jax.atlas.labels import HBA, LabelScheme
 from omnisapiens_jax.atlas.schema import MEDIA_FIELDS, Sample, SampleError
 from omnisapiens_jax.atlas.sources import Source, open_splits
+from omnisapiens_jax.processing.chat import transcript_span
 from omnisapiens_jax.processing.descriptors.read import DescriptorError, read_content
 
 FREE_TEXT = "(free text)"
@@ -34,6 +35,9 @@ SPEAKERS = {
     "daicwoz": r"(?:^|/)(?P<participant>\d{3})_(?:AUDIO|P)\b",
 }
 
+INTERVIEWS = ("mmpsy_anxiety", "mmpsy_depression")  # names do not tell who speaks, what was said does
+_TELLING = 20  # words: fewer, such as a greeting, are said by more than one
+
 Row = tuple[str, int, str]  # split, row, dataset
 Progress = Callable[[int, int], None]
 
@@ -43,8 +47,9 @@ class Leak:
     """Rows of more than one split that share something.
 
     Attributes:
-        kind: `media` (a file with the same bytes), `prompt` (the same words, in rows without media) or `speaker`.
-        what: SHA-256 of the file or the prompt, or dataset and name of the speaker or dialogue.
+        kind: `media` (a file with the same bytes), `prompt` (the same words, in rows without media), `transcript` (the same interview,
+            whatever is asked of it) or `speaker`.
+        what: SHA-256 of the file or the words, or dataset and name of the speaker or dialogue.
         rows: (split, row, dataset) of all that share it.
     """
 
@@ -60,7 +65,7 @@ class SplitReport:
     Attributes:
         splits: their names.
         counts: (dataset, class) -> split -> rows; the class of free-form answers is `FREE_TEXT`.
-        leaks: of every kind, in the order media, prompt, speaker.
+        leaks: of every kind, in the order media, prompt, transcript, speaker.
         faults: rows that could not be read, and rows whose answer is no class of their dataset.
         known: rows whose speaker (or dialogue) the names of their media tell.
     """
@@ -154,7 +159,7 @@ def split_report(splits: Mapping[str, Source], *, threads: int = 2, progress: Pr
                 known += any(kind == "speaker" for kind, _ in keys)
                 for key in keys:
                     holders[key][split, i, dataset] = None
-    kinds = ("media", "prompt", "speaker")
+    kinds = ("media", "prompt", "transcript", "speaker")
     leaks = [Leak(*key, tuple(rows)) for key, rows in holders.items() if len({split for split, _, _ in rows}) > 1]
     leaks.sort(key=lambda leak: (kinds.index(leak.kind), leak.what))
     return SplitReport(tuple(splits), {key: dict(value) for key, value in counts.items()}, tuple(leaks), faults, known)
@@ -191,9 +196,19 @@ def _look(source: Source, i: int) -> tuple[list[SampleError], _Counted | None]:
                 keys.add(("media", _sha256(item)))
             except OSError as reason:
                 faults.append(sample.error(f"{item} cannot be read ({reason.strerror})", kind="media", field=field))
-    if not any(getattr(sample, field) for field in MEDIA_FIELDS):
+    if (words := _interview(sample)) is not None:
+        keys.add(("transcript", hashlib.sha256(words.encode()).hexdigest()))
+    elif not any(getattr(sample, field) for field in MEDIA_FIELDS):
         keys.add(("prompt", hashlib.sha256(sample.problem.encode()).hexdigest()))
     return faults, (sample.dataset, _class(sample), keys)
+
+
+def _interview(sample: Sample) -> str | None:
+    """The words of an interview, None of other rows. Elsewhere many say the same: CREMA-D has twelve sentences."""
+    if sample.dataset not in INTERVIEWS or (span := transcript_span(sample.problem)) is None:
+        return None
+    words = sample.problem[slice(*span)].split()
+    return " ".join(words) if len(words) >= _TELLING else None
 
 
 def _names(sample: Sample) -> tuple[str, ...]:

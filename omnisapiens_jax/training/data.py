@@ -16,7 +16,7 @@ from omnisapiens_jax import resources
 from omnisapiens_jax.atlas import real_text
 from omnisapiens_jax.atlas.ablation import WithoutTranscripts
 from omnisapiens_jax.atlas.bucketing import SlotCost, choose_buckets, choose_row
-from omnisapiens_jax.atlas.faults import quarantined_rows
+from omnisapiens_jax.atlas.faults import Quarantine, quarantined_rows
 from omnisapiens_jax.atlas.labels import REAL_TEXT, SCHEMES, LabelScheme
 from omnisapiens_jax.atlas.lengths import length_index, shortened
 from omnisapiens_jax.atlas.pipeline import Pipeline, PipelineConfig
@@ -174,7 +174,8 @@ class Atlas:
           NoRows: no sample takes part.
         """
         atlas, compat = self._config.atlas, self._config.compat
-        source = self.source(name) if transcripts else WithoutTranscripts(self.source(name))
+        whole = self.source(name)
+        source = whole if transcripts else WithoutTranscripts(whole)
         recipe = Recipe(
             self.tokenizer,
             self._model,
@@ -188,7 +189,7 @@ class Atlas:
         )
         bounds = {"workers": atlas.workers, "deadline": atlas.deadline, "memory": atlas.worker_bytes}
         how = PipelineConfig(atlas.on_error, cache_bytes=atlas.cache_bytes, **bounds)
-        leave_out = quarantined_rows(Path(atlas.quarantine), source) if atlas.quarantine else ()
+        leave_out = quarantined_rows(Path(atlas.quarantine), whole) if atlas.quarantine else ()
         if atlas.quarantine:  # also none: it may be the list of another atlas
             console.print(f"{name}: {len(leave_out)} rows are left out, as {atlas.quarantine} says")
         with Bar(f"measuring {name}", total=len(source), at_once=False) as bar:
@@ -198,7 +199,7 @@ class Atlas:
                 on_error=atlas.on_error,
                 cache=self._cache,
                 leave_out=leave_out,
-                quarantine=self._quarantine,
+                quarantine=Quarantine(self._quarantine, whole.fingerprint()) if self._quarantine else None,
                 progress=lambda done, _: bar.reach(done),
                 **bounds,
             )

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from omnisapiens_jax.atlas.bucketing import SlotCost, choose_buckets
-from omnisapiens_jax.atlas.faults import BadSamples, FaultLog, quarantined_rows, read_quarantine
+from omnisapiens_jax.atlas.faults import BadSamples, FaultLog, Quarantine, quarantined_rows, read_quarantine
 from omnisapiens_jax.atlas.lengths import length_index, shortened
 from omnisapiens_jax.atlas.pipeline import Pipeline, PipelineConfig
 from omnisapiens_jax.atlas.plan import MASKED, PlanConfig, Planner
@@ -46,6 +46,13 @@ FAULTS = {
         "problem",
         "2 <audio>",
     ),
+    "no media where the signature says so": (lambda p: edit_row(p, BAD, audios=[]), "no_media", "audios", "is 'text_video_audio'"),
+    "no media where the problem says so": (
+        lambda p: edit_row(p, BAD, modality_signature="text_audio", videos=None, problem="<video>\nWhich of anger, sad?"),
+        "no_media",
+        "videos",
+        "has <video>",
+    ),
     "too long": (lambda p: edit_row(p, BAD, problem="question " * 300), "too_long", "problem", "no transcript"),
     "not JSON": (
         lambda p: p.write_text(p.read_text().replace('{"problem": "Transcript: ' + words(19), "{x", 1)),
@@ -75,7 +82,7 @@ def test_measuring_names_the_row_and_what_is_wrong(atlas, name):
     assert sum(faults.counts().values()) == 1
 
 
-@pytest.mark.parametrize("name", [name for name, (_, kind, _, _) in FAULTS.items() if kind in ("media", "schema")])
+@pytest.mark.parametrize("name", [name for name, (_, kind, _, _) in FAULTS.items() if kind in ("media", "schema", "no_media")])
 def test_a_row_that_breaks_while_training_stops_the_run_or_masks_its_slot(atlas, name):
     spoil, kind, field, phrase = FAULTS[name]
 
@@ -203,7 +210,7 @@ def test_bad_rows_are_listed_in_a_file_that_a_later_run_leaves_out(atlas, tmp_pa
     truncate(atlas.parent / "video/2.mp4")
     edit_row(atlas, 4, answer="joy")
     for _ in range(2):  # started again
-        length_index(open_source(atlas), recipe(), on_error="skip", quarantine=path)
+        length_index(open_source(atlas), recipe(), on_error="skip", quarantine=Quarantine(path, open_source(atlas).fingerprint()))
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert [(line["row"], line["dataset"], line["field"], line["kind"]) for line in lines] == [
         (2, "meld_emotion", "videos", "media"),
@@ -216,20 +223,34 @@ def test_bad_rows_are_listed_in_a_file_that_a_later_run_leaves_out(atlas, tmp_pa
     assert index.ids.tolist() == [0, 1, 3, 5, 6, 7, 8] and not faults
     with pytest.raises(BadSamples):  # the cache does not take the rows that were left out for good ones
         length_index(open_source(atlas), recipe(), on_error="raise", cache=tmp_path / "cache")
-    other = write_atlas(tmp_path / "other", count=9)
+    other = write_atlas(tmp_path / "other", count=10)
     assert not quarantined_rows(path, open_source(other))  # the same numbers of another file
+
+
+def test_a_list_of_rows_that_have_changed_leaves_out_none_and_says_so(atlas, tmp_path):
+    path, source = tmp_path / "quarantine.jsonl", open_source(atlas)
+    fault = source[4].error("broken", kind="media", field="audios")
+    FaultLog([fault], quarantine=Quarantine(path, source.fingerprint()))
+    moved = write_atlas(tmp_path / "moved", count=9)
+    assert quarantined_rows(path, open_source(moved)) == {4}  # the same rows elsewhere
+    atlas.write_text("".join(atlas.read_text().splitlines(keepends=True)[1:]))  # what was row 4 is row 3 now
+    with pytest.raises(ValueError, match=r"line 1: .*train.jsonl has changed since .* row 4 .* remove the lines of that file") as told:
+        quarantined_rows(path, open_source(atlas))
+    assert str(path) in str(told.value)
+    FaultLog([fault], quarantine=Quarantine(path, open_source(atlas).fingerprint()))
+    assert len(read_quarantine(path)) == 2  # the row of that number that is bad now is another one
 
 
 def test_a_list_that_was_cut_off_is_gone_on_with(tmp_path):
     path = tmp_path / "quarantine.jsonl"
     faults = [SampleError("broken", kind="media", file="a.jsonl", row=i, dataset="cremad", field="audios") for i in range(3)]
-    FaultLog(faults[:2], quarantine=path)
+    FaultLog(faults[:2], quarantine=Quarantine(path, "a"))
     path.write_bytes(path.read_bytes()[:-5])
     assert [fault.row for fault in read_quarantine(path)] == [0]
-    FaultLog(faults[1:], quarantine=path)
+    FaultLog(faults[1:], quarantine=Quarantine(path, "a"))
     assert [fault.row for fault in read_quarantine(path)] == [0, 1, 2]
     path.write_text('{"row": 1}\n')
-    with pytest.raises(ValueError, match="line 1: not a line of a quarantine list, which has file, row"):
+    with pytest.raises(ValueError, match="line 1: not a line of a quarantine list, which has fingerprint, file, row"):
         read_quarantine(path)
 
 
@@ -239,7 +260,7 @@ def test_a_list_is_not_read_again_for_every_row(tmp_path, monkeypatch):
     monkeypatch.setattr("omnisapiens_jax.atlas.faults.json.loads", lambda line: parsed.append(line) or real(line))
     path = tmp_path / "quarantine.jsonl"
     faults = [SampleError("broken", kind="media", file="a.jsonl", row=i, dataset="cremad", field="audios") for i in range(40)]
-    one, other = FaultLog(quarantine=path), FaultLog(quarantine=path)
+    one, other = FaultLog(quarantine=Quarantine(path, "a")), FaultLog(quarantine=Quarantine(path, "a"))
     for i in range(0, 40, 2):
         one.add(faults[i])
         other.add(faults[i], faults[i + 1])
@@ -256,19 +277,19 @@ def test_a_full_disk_is_told_not_a_shorter_list(tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (150, most[1]))  # the first fault and a part of the second
     try:
         with pytest.raises(OSError, match="too large"):
-            FaultLog(faults, quarantine=tmp_path / "quarantine.jsonl")
+            FaultLog(faults, quarantine=Quarantine(tmp_path / "quarantine.jsonl", "a"))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, most)
-    FaultLog(faults, quarantine=tmp_path / "quarantine.jsonl")
+    FaultLog(faults, quarantine=Quarantine(tmp_path / "quarantine.jsonl", "a"))
     assert [fault.row for fault in read_quarantine(tmp_path / "quarantine.jsonl")] == [0, 1, 2]
 
 
 WRITER = """
 import sys
 from pathlib import Path
-from omnisapiens_jax.atlas.faults import FaultLog
+from omnisapiens_jax.atlas.faults import FaultLog, Quarantine
 from omnisapiens_jax.atlas.schema import SampleError
-log = FaultLog(quarantine=Path(sys.argv[1]))
+log = FaultLog(quarantine=Quarantine(Path(sys.argv[1]), "a"))
 for row in range(int(sys.argv[2]), int(sys.argv[2]) + 60):
     log.add(SampleError("\u00fc" * 50, kind="media", file="a.jsonl", row=row, dataset="cremad", field="audios"))
 """

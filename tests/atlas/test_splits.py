@@ -66,12 +66,34 @@ def test_a_file_in_two_splits_is_found_also_under_another_dataset_and_name(split
     assert leak.kind == "media" and {*leak.rows} == {("train", a, "meld_emotion"), ("test", b, "meld_senti")}
 
 
+def asked(splits, *prompts) -> Any:
+    """The splits with prompts of MMPsy: (split, dataset, what it asks)."""
+    leaky = {split: Rows(rows) for split, rows in splits.items()}
+    for split, dataset, problem in prompts:
+        row = find(leaky, split, dataset)
+        leaky[split][row] = dataclasses.replace(leaky[split][row], problem=problem)
+    return leaky
+
+
 def test_a_prompt_in_two_splits_is_found_where_there_is_nothing_else(splits):
-    a, b = find(splits, "validation", "mmpsy_anxiety"), find(splits, "test", "mmpsy_anxiety")
-    leaky = {**splits, "test": Rows(splits["test"])}
-    leaky["test"][b] = dataclasses.replace(splits["test"][b], problem=splits["validation"][a].problem)
+    problem = "Transcript: I do not sleep well.\nIs the writer anxious?"
+    leaky = asked(splits, ("validation", "mmpsy_anxiety", problem), ("test", "mmpsy_anxiety", problem))
     (leak,) = split_report(leaky).leaks
-    assert leak.kind == "prompt" and {(s, i) for s, i, _ in leak.rows} == {("validation", a), ("test", b)}
+    assert leak.kind == "prompt" and [split for split, _, _ in leak.rows] == ["validation", "test"]
+
+
+def test_an_interview_in_two_splits_is_found_whatever_is_asked_of_it(splits):
+    """MMPsy has each of them twice, for anxiety and for depression; a patient must not be taught by one and tested by the other."""
+    words = " ".join(f"said{i}" for i in range(30))
+    anxious, depressed = f"Transcript: {words}\nIs the writer anxious?", f"Transcript: {words} \nIs the writer depressed?"
+    leaky = asked(splits, ("train", "mmpsy_anxiety", anxious), ("test", "mmpsy_depression", depressed))
+    (leak,) = split_report(leaky).leaks
+    assert leak.kind == "transcript"
+    assert [(split, dataset) for split, _, dataset in leak.rows] == [("train", "mmpsy_anxiety"), ("test", "mmpsy_depression")]
+    assert "leak, transcript: 1 shared by 2 rows" in split_report(leaky).text()
+    same_split = asked(splits, ("test", "mmpsy_anxiety", anxious), ("test", "mmpsy_depression", depressed))
+    greeting = asked(splits, ("train", "mmpsy_anxiety", "Transcript: Hello.\nA?"), ("test", "mmpsy_depression", "Transcript: Hello.\nB?"))
+    assert not split_report(same_split).leaks and not split_report(greeting).leaks
 
 
 @pytest.mark.parametrize(

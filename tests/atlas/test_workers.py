@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from omnisapiens_jax.atlas.bucketing import SlotCost, choose_buckets
-from omnisapiens_jax.atlas.faults import FaultLog, quarantined_rows
+from omnisapiens_jax.atlas.faults import FaultLog, Quarantine, quarantined_rows
 from omnisapiens_jax.atlas.lengths import length_index
 from omnisapiens_jax.atlas.pipeline import Pipeline, PipelineConfig
 from omnisapiens_jax.atlas.plan import MASKED, PlanConfig, Planner
@@ -94,7 +94,7 @@ def test_a_row_that_ends_its_worker_before_it_is_read_can_be_listed_and_left_out
     source: Any = Deadly.of(JsonlSource(atlas), crash=4)
     with pytest.raises(SampleError, match="SIGSEGV") as caught:
         IsolatedDecoder(Decoder(source, recipe()), pool).build(4)
-    FaultLog([caught.value], quarantine=tmp_path / "quarantine.jsonl")
+    FaultLog([caught.value], quarantine=Quarantine(tmp_path / "quarantine.jsonl", source.fingerprint()))
     assert quarantined_rows(tmp_path / "quarantine.jsonl", source) == {4}  # and nobody reads it for that
 
 
