@@ -13,7 +13,7 @@ def get_config(size: str = "mini") -> ConfigDict:
     config.model.lora.rank = 0  # of factors that the weights keep apart
     config.processing.format_prompt = "none"
     config.generation.max_tokens = 16 if mini else 60
-    config.atlas.landmarks = True
+    config.atlas.descriptors = True
     config.bam = ConfigDict(
         {
             "kind": "adapter",  # the published one: pooled descriptors make a residual; or attention: to their frames

@@ -67,7 +67,7 @@ def base(size: str) -> ConfigDict:
             "scheme": "hba",  # what its datasets and labels are: those of Human Behavior Atlas, or real_text
             "samples": 4500,  # of the miniature atlas
             "seed": 0,
-            "landmarks": False,  # whether the miniature atlas has descriptors of its faces
+            "descriptors": False,  # whether the miniature atlas has descriptors of its faces and voices
             "train": "train",  # a split in any form that the folder has it, or a .jsonl or .parquet file
             "validation": "validation",
             "test": "test",

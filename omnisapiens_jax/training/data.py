@@ -242,5 +242,5 @@ class Atlas:
         atlas = self._config.atlas
         with Bar("making the miniature atlas", total=atlas.samples, at_once=False) as bar:
             return generate.atlas(
-                atlas.samples, atlas.seed, landmarks=atlas.landmarks, cache=resources.cache(), progress=lambda done, _: bar.reach(done)
+                atlas.samples, atlas.seed, descriptors=atlas.descriptors, cache=resources.cache(), progress=lambda done, _: bar.reach(done)
             )
