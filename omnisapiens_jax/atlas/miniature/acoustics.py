@@ -55,9 +55,7 @@ def low_level(wave: np.ndarray) -> np.ndarray:
     hertz = np.fft.rfftfreq(2 * WINDOW, 1 / RATE)
     shape = spectrum / (spectrum.sum(axis=1, keepdims=True) + _FLOOR)
     pitch, voicing = _pitch(spectrum, hann)
-    band = np.stack(
-        [spectrum[:, (low <= hertz) & (hertz < high)].max(axis=1) for low, high in zip(_EDGES, _EDGES[1:], strict=False)], axis=1
-    )
+    within = [(low <= hertz) & (hertz < high) for low, high in zip(_EDGES, _EDGES[1:], strict=False)]
     columns = {
         "energy": _decibels(np.sqrt(np.mean(windows**2, axis=1))),
         "zero_crossings": np.count_nonzero(np.diff(np.signbit(windows), axis=1), axis=1) / (1000 * WINDOW / RATE),
@@ -65,7 +63,7 @@ def low_level(wave: np.ndarray) -> np.ndarray:
         "voicing": voicing,
         "centroid": np.log2((shape @ hertz + 50.0) / 1000),
         "flux": np.abs(np.diff(shape, axis=0, prepend=shape[:1])).sum(axis=1),
-        **{f"band_{i}": _decibels(band[:, i]) for i in range(BANDS)},
+        **{f"band_{i}": _decibels(spectrum[:, band].max(axis=1)) for i, band in enumerate(within)},
     }
     return np.stack([columns[name] for name in LOW_LEVEL], axis=1)
 

@@ -111,7 +111,7 @@ def _make_row(job: tuple[Path, Row, int, bool]) -> dict[str, Any]:
         soundfile.write(folder / audios[0], wave, speech.RATE, subtype="PCM_16")
         if descriptors:
             acoustic.append(f"opensmile/{audios[0]}.npz")
-            np.savez_compressed(folder / acoustic[0], **acoustics.describe(wave))
+            np.savez_compressed(folder / acoustic[0], allow_pickle=False, **acoustics.describe(wave))
         if "video" in dataset.signature:
             look = face.draw_look(np.random.default_rng([SPLITS.index(row.split), row.speaker]))
             count = max(8, round(len(wave) / speech.RATE * face.FPS))
@@ -198,9 +198,7 @@ def main() -> None:
     parser.add_argument("target", type=Path, help="folder to make; must not exist")
     parser.add_argument("--samples", type=int, default=SAMPLES, help="rows of all splits together (default %(default)s)")
     parser.add_argument("--seed", type=int, default=SEED, help="default %(default)s")
-    parser.add_argument(
-        "--descriptors", action="store_true", help="also write landmarks of the drawings and what stands in for openSMILE (.npz)"
-    )
+    parser.add_argument("--descriptors", action="store_true", help="also write landmarks and acoustics (.npz)")
     parser.add_argument("--parquet", action="store_true", help="also write TARGET/parquet with the media inside")
     arguments = parser.parse_args()
     folder = generate(
