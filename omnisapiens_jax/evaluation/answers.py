@@ -13,7 +13,15 @@ from typing import Any
 
 import numpy as np
 
-FINAL = ("after", "generative", "sft", "qa", "checkpoint", "before")  # names of evaluations, the one that a run is judged by first
+FINAL = (
+    "after",
+    "generative",
+    "sft",
+    "qa",
+    "transfer",
+    "checkpoint",
+    "before",
+)  # names of evaluations, the one that a run is judged by first
 
 _BOXED = re.compile(r"\\boxed\{([^{}]+)\}")
 _ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
