@@ -69,9 +69,8 @@ class Adapting:
         """Rows of some datasets, of the samples `ids` (all): with their answers where these are free text."""
         size = self.settings.batch_size if train else self.config.eval_batch
         target = lower_answer if task == "qa" else None
-        return self.atlas.split(
-            name, batch_size=size, target=target, shuffle=train, rows=rows_of_datasets(datasets, None if ids is None else rows_among(ids))
-        )
+        rows = rows_of_datasets(datasets, None if ids is None else rows_among(ids))
+        return self.atlas.split(name, batch_size=size, target=target, shuffle=train, rows=rows)
 
     def prompts(self, datasets: Sequence[str]) -> Split:
         """Held-out rows of some datasets, without their answers."""

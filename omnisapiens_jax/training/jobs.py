@@ -21,6 +21,7 @@ from omnisapiens_jax.atlas.faults import Policy
 from omnisapiens_jax.atlas.labels import SCHEMES
 from omnisapiens_jax.atlas.plan import Index, Mode, PlanConfig
 from omnisapiens_jax.atlas.recipe import Target, lower_answer, target_text
+from omnisapiens_jax.atlas.sources import open_source
 from omnisapiens_jax.convert.label_files import domains_of
 from omnisapiens_jax.evaluation.answers import Answer, accuracy, evaluations, load_answers, save_answers
 from omnisapiens_jax.evaluation.classify import Predict, by_heads
@@ -308,7 +309,7 @@ def _transfer(run: Run, state: TrainState) -> None:
     lesson = dataclasses.replace(LABELS, datasets=(name,))
     others = dataclasses.replace(LABELS, datasets=tuple(dataset.name for dataset in datasets if dataset.name != name))
     for split in (config.atlas.train, config.atlas.validation, config.atlas.test):  # before the long work
-        if name not in {*run.atlas.source(split).datasets()}:
+        if name not in open_source(run.atlas.root / split).datasets():
             raise ValueError(f"{split} has no rows of {name}, which config.transfer.dataset names")
     held_out = run.held_out(lesson)
     has_descriptors = described(config, run.workdir, run.mesh, run.atlas, run.graph, parameters(state))
@@ -316,7 +317,7 @@ def _transfer(run: Run, state: TrainState) -> None:
         console.print(f"{name}: no training sample has descriptors, so nothing is learnt of them")
     answers: dict[str, list[Answer]] = {}
     for cell in CELLS:
-        folder = f"{cell}/finetune"
+        folder = f"finetune-{cell}"
         if cell == "transfer":
             _, state = create_state(config.model, config.seed, run.mesh)  # the steps of the first cell took the base's place
             state = run.fit(config.pretrain, "pretrain", state, others)
@@ -335,7 +336,7 @@ def _transfer(run: Run, state: TrainState) -> None:
         gain = paired(answers[first], answers[second])
         console.print(f"{second} beside {first}: {100 * gain.mean:+.1f} [{100 * gain.low:+.1f}, {100 * gain.high:+.1f}] points of accuracy")
     run.compare()
-    run.report(("pretrain", *(f"{cell}/finetune" for cell in CELLS)))
+    run.report(("pretrain", *(f"finetune-{cell}" for cell in CELLS)))
 
 
 _LESSONS = {"generative": RESPONSES, "sft": LABELS, "qa": FREE_FORM}
