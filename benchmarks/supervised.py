@@ -129,9 +129,9 @@ class Table:
         cells = ["", f"`{HELD_OUT}`, scratch", "transfer", f"transfer {_MINUS} scratch"]
         rows = []
         for told, ending in (("heads", ""), ("with descriptors", f"-{jobs.DESCRIBED}")):
-            names = [f"{cell}{ending}" for cell in jobs.CELLS]
-            shares = [f"{100 * np.mean(self.right(name, (HELD_OUT,))):.1f}" for name in names]
-            rows.append([told, *shares, _told(self.gain(*names, (HELD_OUT,)))])
+            scratch, transfer = (f"{cell}{ending}" for cell in jobs.CELLS)
+            shares = [f"{100 * np.mean(self.right(name, (HELD_OUT,))):.1f}" for name in (scratch, transfer)]
+            rows.append([told, *shares, _told(self.gain(scratch, transfer, (HELD_OUT,)))])
         claims = [f"- {'holds' if holds else '**fails**'}: {claim}" for claim, holds in self.claims()]
         note = (
             f"Held-out accuracy in percent, mean of {len(self.outcomes)} seeds; in brackets the 95 % interval of the paired bootstrap, in "
