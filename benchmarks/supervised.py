@@ -49,6 +49,8 @@ def config(job: str, seed: int, runs: Path) -> ConfigDict:
     made = runpy.run_path(str(resource(f"configs/{'sft' if job == 'text' else job}.py")))["get_config"]()
     made.seed = seed
     made.atlas.descriptors = True  # the same atlas for all
+    for stage in {"sft", "pretrain"} & {*made}:
+        made[stage].steps = 250  # with 500 the validation loss is no lower
     if job == "text":
         made.compat.media_inputs = "text_only"
     if job == "bam":
