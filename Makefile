@@ -2,7 +2,7 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help rl learning test test-slow bench throughput check venvs descriptors-env clean
+.PHONY: help rl learning supervised test test-slow bench throughput check venvs descriptors-env clean
 
 # Compiling takes most of a first run; the cache outlives the checkout, and small programs are kept too.
 export JAX_COMPILATION_CACHE_DIR ?= $(HOME)/.cache/omnisapiens_jax/jax
@@ -26,6 +26,9 @@ rl: .venv/.run ## warm start, on-device GRPO and report.html in runs/rl
 
 learning: .venv/.run ## three seeds of warm start, GRPO and SFT in runs/learning, and their table in README (long)
 	$(PY) benchmarks/learning.py --readme README.md
+
+supervised: .venv/.run ## three seeds of SFT, BAM and transfer in runs/supervised, and their table in README (half an hour)
+	$(PY) -m benchmarks.supervised --document README.md
 
 test: venvs ## all tests but the slow ones
 	$(PYTEST) -m "not slow"

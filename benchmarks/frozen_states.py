@@ -117,7 +117,7 @@ def race_of(kind: str, arguments: argparse.Namespace, mesh: Mesh, folder: Path) 
     """What is timed of a kind."""
     job = "sft" if kind == "towers" else "bam"
     config = runpy.run_path(str(resource(f"configs/{job}.py")))["get_config"]("mini")
-    config.atlas.update({"path": arguments.atlas, "samples": arguments.samples, "cache_bytes": 0, "landmarks": True})
+    config.atlas.update({"path": arguments.atlas, "samples": arguments.samples, "cache_bytes": 0, "descriptors": True})
     if kind == "towers":
         config.model.lora.rank = 32
         config.sft.cached = True
@@ -129,7 +129,7 @@ def race_of(kind: str, arguments: argparse.Namespace, mesh: Mesh, folder: Path) 
 def main() -> None:
     """Prints the table; an exit status other than 0 says that a bar was missed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--atlas", default="", help="folder of an atlas with landmarks (the miniature one, made on first use)")
+    parser.add_argument("--atlas", default="", help="folder of an atlas with descriptors (the miniature one, made on first use)")
     parser.add_argument("--samples", type=int, default=1000, help="of the miniature atlas")
     parser.add_argument("--dataset", default="meld_emotion")
     parser.add_argument("--rounds", type=int, default=3, help="epochs timed")

@@ -1,4 +1,4 @@
-"""Makes the miniature atlas: python data/generate.py TARGET [--samples N] [--seed S] [--landmarks] [--parquet]."""
+"""Makes the miniature atlas: python data/generate.py TARGET [--samples N] [--seed S] [--descriptors] [--parquet]."""
 
 from omnisapiens_jax.atlas.miniature.generate import main
 

@@ -28,8 +28,8 @@ _JOBS = {  # that a switch changes something in, where it is not all of them
     "qa_prompts": ("qa", "bam"),
     "labels": ("generative", "rl"),  # the warm start of the latter
     "schedule": ("sft", "qa"),
-    "adapter_steps": ("bam",),
-    "descriptor_padding": ("bam",),
+    "adapter_steps": ("bam", "transfer"),
+    "descriptor_padding": ("bam", "transfer"),
 }
 SWITCHED = ("feed_media", "system")  # how media are read in that is not in `processing`, because a switch of `compat` says it
 
@@ -67,7 +67,7 @@ def base(size: str) -> ConfigDict:
             "scheme": "hba",  # what its datasets and labels are: those of Human Behavior Atlas, or real_text
             "samples": 4500,  # of the miniature atlas
             "seed": 0,
-            "landmarks": False,  # whether the miniature atlas has descriptors of its faces
+            "descriptors": False,  # whether the miniature atlas has descriptors of its faces and voices
             "train": "train",  # a split in any form that the folder has it, or a .jsonl or .parquet file
             "validation": "validation",
             "test": "test",
@@ -153,5 +153,56 @@ def supervised(size: str) -> ConfigDict:
             "patience": 4,  # evaluations without a new minimum
             "cached": False,  # what frozen towers give is computed once and kept on disk: 2 bytes x width x tokens of each row in bfloat16
             "optim": optimizer(schedule="cosine", **({"lr": 1e-3, "warmup": 50} if mini else {"lr": 1e-4, "warmup": 10, "b2": 0.95})),
+        }
+    )
+
+
+def classes(size: str) -> ConfigDict:
+    """Supervised training of heads, and of what is trained below them, to the minimum of the validation loss or the best of a metric."""
+    mini = size == "mini"
+    return ConfigDict(
+        {
+            "rows": "all",
+            "batch_size": 32 if mini else 512,
+            "micro_batches": 1 if mini else 128,
+            "steps": 500 if mini else 570,  # of the whole atlas: five epochs
+            "eval_every": 50 if mini else 57,
+            "best": "loss",  # what the best state is selected by; or a metric of its classes: accuracy, micro_f1, macro_f1, ...
+            "patience": 4,  # evaluations without a new best
+            "cached": False,  # what frozen towers give is computed once and kept on disk: 2 bytes x width x tokens of each row in bfloat16
+            "optim": optimizer(schedule="cosine", warmup=50, lr=1e-3 if mini else 1e-4, weight_decay=0.0, clip=0.0),
+        }
+    )
+
+
+def adapters(size: str) -> ConfigDict:
+    """What brings descriptors into a frozen thinker, and its training."""
+    mini = size == "mini"
+    return ConfigDict(
+        {
+            "kind": "adapter",  # the published one: pooled descriptors make a residual; or attention: to their frames
+            "datasets": "all",  # a set of parameters each; or names; those that share a set joined: mmsd,siq2+mimeqa
+            "stage": "adapters+heads",  # what is trained: adapters, or for free-form datasets adapters+lm_head+last_block
+            "modalities": ("video", "audio"),
+            "hidden": {"video": 256, "audio": 512},
+            "normed": True,  # a LayerNorm over the descriptor
+            "alpha": 4.0,  # to begin with
+            "drop": {"video": 0.2, "audio": 0.2},  # odds that a sample's descriptor is withheld in training
+            "residual_site": "last_hidden",  # of free-form datasets; or penultimate
+            "attention": {
+                "depths": (2, 3) if mini else (14, 21, 27) if size == "7b" else (18, 27, 35),  # after so many layers of the decoder
+                "width": 64 if mini else 512,
+                "heads": 4 if mini else 8,
+                "head_dim": 16 if mini else 64,
+                "landmarks": 16 if mini else 128,  # the most frames of a sample, evenly spread
+                "low_level": 32 if mini else 256,
+            },
+            "batch_size": 32,
+            "micro_batches": 1,
+            "epochs": 4,  # 0 evaluates what the weights bring
+            "best": "loss",  # what the best epoch is selected by; for classes also a metric of these: accuracy, micro_f1, macro_f1, ...
+            "lr": 1e-4,  # of heads, or of the last block and the LM head
+            "adapter_lr": 5e-4,
+            "cached": True,  # states of the frozen thinker are computed once and kept on disk
         }
     )

@@ -24,6 +24,6 @@ def test_a_bare_name_is_a_config_of_the_package(given: list[str], read: list[str
 
 
 def test_an_unknown_name_is_answered_with_the_known_ones() -> None:
-    known = "bam, evaluate, generative, qa, rl, sft, text"
+    known = "bam, evaluate, generative, qa, rl, sft, text, transfer"
     with pytest.raises(SystemExit, match=rf"no config 'foo' travels with the package; known: {known}\. .*--config=\./foo\.py"):
         main._arguments(["--config=foo"])

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.learning import BEGIN, END
+from benchmarks.supervised import MARKERS
 from omnisapiens_jax import main
 from omnisapiens_jax.resources import resource
 
@@ -57,10 +58,10 @@ def test_what_stands_in_the_table_of_places_exists() -> None:
         assert (REPO / place.replace("…", "omnisapiens_jax")).exists(), place
 
 
-def test_links_lead_somewhere_and_the_learning_table_has_its_place() -> None:
+def test_links_lead_somewhere_and_the_tables_have_their_places() -> None:
     for target in re.findall(r"\]\(([^)#]+)\)", README):
         assert target.startswith("https://") or (REPO / target).exists(), target
-    assert README.count(BEGIN) == README.count(END) == 1
+    assert all(README.count(marker) == 1 for marker in (BEGIN, END, *MARKERS))
 
 
 @pytest.mark.parametrize("size", ["mini", "3b", "7b"])

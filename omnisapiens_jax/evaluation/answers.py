@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-FINAL = ("after", "generative", "sft", "qa", "checkpoint", "before")  # names of evaluations, the one that a run is judged by first
+# Names of evaluations, the one that a run is judged by first.
+FINAL = ("after", "generative", "sft", "qa", "transfer", "checkpoint", "before")
 
 _BOXED = re.compile(r"\\boxed\{([^{}]+)\}")
 _ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)

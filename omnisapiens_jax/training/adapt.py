@@ -19,7 +19,6 @@ from omnisapiens_jax import resources
 from omnisapiens_jax.atlas.behaviour import Behaviour, read_behaviour
 from omnisapiens_jax.atlas.faults import FaultLog
 from omnisapiens_jax.atlas.labels import HBA
-from omnisapiens_jax.atlas.plan import Index
 from omnisapiens_jax.atlas.recipe import lower_answer
 from omnisapiens_jax.atlas.sources import Source, open_source
 from omnisapiens_jax.convert.behaviour import write_behaviour, write_tail
@@ -37,7 +36,7 @@ from omnisapiens_jax.models.thinker import Batch
 from omnisapiens_jax.parallel.mesh import meet, shardings
 from omnisapiens_jax.training import bam
 from omnisapiens_jax.training.bam import Feed, Fixed, Group, Learner, Tail
-from omnisapiens_jax.training.data import Atlas, Split
+from omnisapiens_jax.training.data import Atlas, Split, rows_among, rows_of_datasets
 from omnisapiens_jax.training.frozen import FrozenStates, Site, encode
 from omnisapiens_jax.training.journal import Bar, console
 from omnisapiens_jax.training.state import make_generator, open_weights
@@ -70,12 +69,13 @@ class Adapting:
         """Rows of some datasets, of the samples `ids` (all): with their answers where these are free text."""
         size = self.settings.batch_size if train else self.config.eval_batch
         target = lower_answer if task == "qa" else None
-        return self.atlas.split(name, batch_size=size, target=target, shuffle=train, rows=_rows(datasets, ids))
+        rows = rows_of_datasets(datasets, None if ids is None else rows_among(ids))
+        return self.atlas.split(name, batch_size=size, target=target, shuffle=train, rows=rows)
 
     def prompts(self, datasets: Sequence[str]) -> Split:
         """Held-out rows of some datasets, without their answers."""
         return self.atlas.split(
-            self.config.atlas.test, batch_size=self.config.eval_batch, target=None, shuffle=False, rows=_rows(datasets, None)
+            self.config.atlas.test, batch_size=self.config.eval_batch, target=None, shuffle=False, rows=rows_of_datasets(datasets)
         )
 
     def descriptors(self, split: Split) -> Behaviour:
@@ -134,6 +134,15 @@ def adapt(config: ml_collections.ConfigDict, workdir: Path, mesh: Mesh, atlas: A
             _adapt_task(run, task, of_task, everything=everything)
 
 
+def described(config: ml_collections.ConfigDict, workdir: Path, mesh: Mesh, atlas: Atlas, graph: nnx.GraphDef, params: nnx.State) -> bool:
+    """Whether some training sample of the datasets that `config.bam.datasets` names has a descriptor that `adapt` would learn from.
+
+    Takes what `adapt` takes, and reads all their descriptors: a broken one is told before the long work.
+    """
+    run = Adapting(config, workdir, mesh, atlas, graph, params)
+    return any(gather(run, group.task, group.datasets).modalities(group) for group in bam.groups(config.bam))
+
+
 @dataclasses.dataclass(frozen=True)
 class Material:
     """What the groups of a task are trained and judged on: by split its descriptors and, unless they are computed anew, its states."""
@@ -165,7 +174,7 @@ class Material:
         """Those that the run wants and some training sample of a group has."""
         train = self.run.config.atlas.train
         index = self.splits[train].pipeline.planner.index
-        present = self.descriptors[train].present(index.ids[_rows(group.datasets, None)(index)])
+        present = self.descriptors[train].present(index.ids[rows_of_datasets(group.datasets)(index)])
         return [modality for modality in MODALITIES if modality in self.run.settings.modalities and present[modality]]
 
 
@@ -217,14 +226,6 @@ def _adapt_task(run: Adapting, task: str, groups: Sequence[Group], *, everything
             _evaluate(run, group, folder, material.feed(atlas.test, group.datasets), *_by_heads(material, learner))
         else:
             _evaluate(run, group, folder, Feed(run.prompts(group.datasets), material.descriptors[atlas.test]), *_greedy(run, learner))
-
-
-def _rows(datasets: Sequence[str], ids: np.ndarray | None) -> Callable[[Index], np.ndarray]:
-    def chosen(index: Index) -> np.ndarray:
-        own = np.isin(np.asarray(index.dataset_names)[index.datasets], datasets)
-        return own if ids is None else own & np.isin(index.ids, ids)
-
-    return chosen
 
 
 def _check_weights(run: Adapting, groups: Sequence[Group]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -45,6 +45,16 @@ def rows_of_kind(kind: str, rows: Rows | None = None) -> Rows:
 
     def chosen(index: Index) -> np.ndarray:
         own = np.array([task_kind(name) == kind for name in index.task_names], bool)[index.tasks]
+        return own if rows is None else own & rows(index)
+
+    return chosen
+
+
+def rows_of_datasets(datasets: Sequence[str], rows: Rows | None = None) -> Rows:
+    """Those of `rows` (of all) that are of some datasets."""
+
+    def chosen(index: Index) -> np.ndarray:
+        own = np.isin(np.asarray(index.dataset_names)[index.datasets], datasets)
         return own if rows is None else own & rows(index)
 
     return chosen
@@ -243,5 +253,5 @@ class Atlas:
         atlas = self._config.atlas
         with Bar("making the miniature atlas", total=atlas.samples, at_once=False) as bar:
             return generate.atlas(
-                atlas.samples, atlas.seed, landmarks=atlas.landmarks, cache=resources.cache(), progress=lambda done, _: bar.reach(done)
+                atlas.samples, atlas.seed, descriptors=atlas.descriptors, cache=resources.cache(), progress=lambda done, _: bar.reach(done)
             )

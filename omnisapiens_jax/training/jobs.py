@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import get_args
 
@@ -21,13 +21,14 @@ from omnisapiens_jax.atlas.faults import Policy
 from omnisapiens_jax.atlas.labels import SCHEMES
 from omnisapiens_jax.atlas.plan import DROPOUTS, Index, Mode, PlanConfig
 from omnisapiens_jax.atlas.recipe import Target, lower_answer, target_text
+from omnisapiens_jax.atlas.sources import open_source
 from omnisapiens_jax.convert.label_files import domains_of
 from omnisapiens_jax.evaluation.answers import Answer, accuracy, evaluations, load_answers, save_answers
 from omnisapiens_jax.evaluation.classify import Predict, by_heads
 from omnisapiens_jax.evaluation.compare import compare, open_run
 from omnisapiens_jax.evaluation.comparison import write_comparison
 from omnisapiens_jax.evaluation.evaluate import MODALITIES, answer_all, greedy
-from omnisapiens_jax.evaluation.report import write_report
+from omnisapiens_jax.evaluation.report import paired, write_report
 from omnisapiens_jax.generation.sampling import Generator
 from omnisapiens_jax.models.classifier import class_probabilities
 from omnisapiens_jax.models.layers import Remat
@@ -37,8 +38,8 @@ from omnisapiens_jax.rl.loss import PolicyLossConfig
 from omnisapiens_jax.rl.rewards import RewardConfig
 from omnisapiens_jax.rl.similarity import Similarity
 from omnisapiens_jax.training import bam, rl, sft
-from omnisapiens_jax.training.adapt import adapt
-from omnisapiens_jax.training.data import QUARANTINE, Atlas, NoRows, Rows, Split, rows_among, rows_of_kind
+from omnisapiens_jax.training.adapt import adapt, described
+from omnisapiens_jax.training.data import QUARANTINE, Atlas, NoRows, Rows, Split, rows_among, rows_of_datasets, rows_of_kind
 from omnisapiens_jax.training.frozen import FrozenStates, Site, encode
 from omnisapiens_jax.training.journal import Bar, Compilations, console, read_metrics
 from omnisapiens_jax.training.losses import ANSWERS, CLASSES, SHARES, Objective
@@ -46,6 +47,7 @@ from omnisapiens_jax.training.selection import BY_LOSS, CRITERIA, Selection
 from omnisapiens_jax.training.state import (
     TrainState,
     create_state,
+    fresh_head,
     make_generator,
     make_optimizer,
     make_thinker,
@@ -63,11 +65,15 @@ def _third(index: Index) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Lesson:
-    """What a supervised stage teaches: the objective, the target behind the prompt, and the kind of rows that have it (all)."""
+    """What a supervised stage teaches: the objective, the target behind the prompt, and the kind of rows that have it (all).
+
+    Of these rows those of some `datasets` (of all).
+    """
 
     objective: Objective
     target: Target | None
     kind: str | None
+    datasets: tuple[str, ...] | None = None
 
     @property
     def by_heads(self) -> bool:
@@ -76,6 +82,7 @@ class Lesson:
 
     def rows(self, rows: Rows | None = None) -> Rows | None:
         """Those of `rows` that are taught."""
+        rows = rows if self.datasets is None else rows_of_datasets(self.datasets, rows)
         return rows if self.kind is None else rows_of_kind(self.kind, rows)
 
 
@@ -202,10 +209,10 @@ class Run:
             path = write_comparison(self.workdir, found, source=self.atlas.source(self.config.atlas.test))
             console.print(f"The tables are in {path.absolute()}, and as .md and .json beside it", soft_wrap=True)
 
-    def report(self) -> None:
-        """Writes `report.html`."""
+    def report(self, folders: Sequence[str] | None = None) -> None:
+        """Writes `report.html`, with the curves of the stages that lie in some folders (by default each in that of its name)."""
         if jax.process_index() == 0:
-            curves = {stage: read_metrics(self.workdir / stage / "metrics.jsonl") for stage in STAGES}
+            curves = {stage: read_metrics(self.workdir / stage / "metrics.jsonl") for stage in folders or STAGES}
             atlas = self.config.atlas
             path = write_report(
                 self.workdir, curves, test=self.atlas.source(atlas.test), train=self.atlas.source(atlas.train), scheme=self.atlas.scheme
@@ -291,14 +298,56 @@ def _bam(run: Run, state: TrainState) -> None:
     adapt(run.config, run.workdir, run.mesh, run.atlas, run.graph, parameters(state))
 
 
+CELLS = ("scratch", "transfer")  # where a fine-tuning begins: the base, and the base trained on all other datasets
+DESCRIBED = "descriptors"  # of a cell once more, its answers with adapters
+
+
+def _transfer(run: Run, state: TrainState) -> None:
+    """One dataset is learnt from the base and from what all the others have taught, each without and with its descriptors."""
+    config, name = run.config, run.config.transfer.dataset
+    datasets = run.atlas.scheme.datasets
+    lesson = dataclasses.replace(LABELS, datasets=(name,))
+    others = dataclasses.replace(LABELS, datasets=tuple(dataset.name for dataset in datasets if dataset.name != name))
+    for split in (config.atlas.train, config.atlas.validation, config.atlas.test):  # before the long work
+        if name not in open_source(run.atlas.root / split).datasets():
+            raise ValueError(f"{split} has no rows of {name}, which config.transfer.dataset names")
+    held_out = run.held_out(lesson)
+    has_descriptors = described(config, run.workdir, run.mesh, run.atlas, run.graph, parameters(state))
+    if not has_descriptors:
+        console.print(f"{name}: no training sample has descriptors, so nothing is learnt of them")
+    answers: dict[str, list[Answer]] = {}
+    for cell in CELLS:
+        folder = f"finetune-{cell}"
+        if cell == "transfer":
+            _, state = create_state(config.model, config.seed, run.mesh)  # the steps of the first cell took the base's place
+            state = run.fit(config.pretrain, "pretrain", state, others)
+        state = fresh_head(state, config.model, config.seed, run.atlas.scheme.head(name), run.mesh)
+        state = run.fit(config.finetune, folder, state, lesson)
+        answers[cell] = run.evaluate(cell, state, held_out, lesson)
+        if has_descriptors:
+            adapting = config.copy_and_resolve_references()
+            adapting.model.weights = str(run.workdir / folder)  # they have heads, and no adapters
+            adapt(adapting, run.workdir / cell, run.mesh, run.atlas, run.graph, parameters(state))
+            with_adapters = f"{cell}-{DESCRIBED}"
+            answers[with_adapters] = load_answers(run.workdir / cell / "bam" / name / "evaluation-with.json")
+            if jax.process_index() == 0:
+                save_answers(run.workdir / f"evaluation-{with_adapters}.json", answers[with_adapters])
+    for first, second in zip(*([key for key in answers if key.startswith(cell)] for cell in CELLS), strict=True):
+        gain = paired(answers[first], answers[second])
+        console.print(f"{second} beside {first}: {100 * gain.mean:+.1f} [{100 * gain.low:+.1f}, {100 * gain.high:+.1f}] points of accuracy")
+    run.compare()
+    run.report(("pretrain", *(f"finetune-{cell}" for cell in CELLS)))
+
+
 _LESSONS = {"generative": RESPONSES, "sft": LABELS, "qa": FREE_FORM}
 JOBS: dict[str, Callable[[Run, TrainState], None]] = {
     "rl": _rl,
     "bam": _bam,
+    "transfer": _transfer,
     **{job: functools.partial(_supervised, lesson=lesson) for job, lesson in _LESSONS.items()},
     "evaluate": _evaluate,
 }
-STAGES = ("warm_start", *_LESSONS, "rl")
+STAGES = ("warm_start", *_LESSONS, "pretrain", "finetune", "rl")
 
 
 def of_checkpoint(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
@@ -347,6 +396,13 @@ def check(config: ml_collections.ConfigDict, mesh: Mesh) -> None:
         if config[name].rows != "none":
             batches.append((f"{name}.{rows}", config[name][rows], updates, config[name].micro_batches))
     dropped = [f"config.atlas.training.{name}" for name in DROPOUTS if config.atlas.training[name]]
+    if config.job == "transfer":
+        datasets, name = {dataset.name: dataset for dataset in SCHEMES[config.atlas.scheme].datasets}, config.transfer.dataset
+        if name not in datasets or datasets[name].kind != "cls":
+            known = ", ".join(key for key, dataset in datasets.items() if dataset.kind == "cls")
+            told = "has free-form answers, which no head gives" if name in datasets else "is no dataset of the atlas"
+            raise ValueError(f"config.transfer.dataset {name!r} {told}: name one of {known}")
+        wanted += [(f"{stage}.best", config[stage].best, CRITERIA) for stage in ("pretrain", "finetune")]
     if "bam" in config:
         bam.check(config.bam, thinker_config(config.model))
         batches.append(("bam.batch_size", config.bam.batch_size, 1, config.bam.micro_batches))
@@ -390,7 +446,7 @@ def check(config: ml_collections.ConfigDict, mesh: Mesh) -> None:
     if not 0 <= config.model.lora.dropout < 1:
         raise ValueError(f"config.model.lora.dropout {config.model.lora.dropout} is a probability, from 0 to less than 1")
     labels = tuple(len(domain.labels) for domain in SCHEMES[config.atlas.scheme].domains)
-    heads = labels if config.job in ("sft", "bam") or (config.job == "evaluate" and config.model.heads) else ()
+    heads = labels if config.job in ("sft", "bam", "transfer") or (config.job == "evaluate" and config.model.heads) else ()
     if tuple(config.model.heads) != heads:
         where = f"a run of the job {config.job} with config.atlas.scheme {config.atlas.scheme}"
         raise ValueError(f"config.model.heads {tuple(config.model.heads)} must be {heads} in {where}")
@@ -402,8 +458,8 @@ def check(config: ml_collections.ConfigDict, mesh: Mesh) -> None:
                 f"the heads of {config.model.weights} are for other classes, or in another order, than those of config.atlas.scheme "
                 f"{config.atlas.scheme}: they are for {told}"
             )
-    if config.job == "bam" and config.blanked:
-        raise ValueError("config.blanked is not for bam, whose answers are compared without descriptors and with another sample's")
+    if config.job in ("bam", "transfer") and config.blanked:
+        raise ValueError(f"config.blanked is not for {config.job}, whose answers are compared with and without descriptors")
     if (config.model.trains == "lm_head") != (config.job == "qa"):
         raise ValueError(f"config.model.trains {config.model.trains}: the job qa trains the lm_head, and no other does")
     if config.job == "qa" and not config.model.weights:

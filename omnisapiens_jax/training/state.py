@@ -22,6 +22,7 @@ from omnisapiens_jax.convert.source import Params, Source
 from omnisapiens_jax.generation.sampling import Generator, Policy, Sampling
 from omnisapiens_jax.models.classifier import Classifier
 from omnisapiens_jax.models.config import ThinkerConfig
+from omnisapiens_jax.models.heads import DomainHeads
 from omnisapiens_jax.models.layers import LoraConfig, LoraParam
 from omnisapiens_jax.models.thinker import Thinker
 from omnisapiens_jax.parallel.mesh import on_mesh, shardings
@@ -160,6 +161,26 @@ def create_state(model: ml_collections.ConfigDict, seed: int, mesh: Mesh) -> tup
         placed = shardings(jax.eval_shape(init, params, factors), mesh)
         state = jax.jit(init, out_shardings=placed, donate_argnums=(0, 1))(params, factors)
     return nnx.graphdef(abstract), state
+
+
+def fresh_head(state: TrainState, model: ml_collections.ConfigDict, seed: int, domain: int, mesh: Mesh) -> TrainState:
+    """The same parameters, but those of one domain's head are again what `create_state` draws for a model without weights."""
+    heads = [leaf for path, leaf in jax.tree_util.tree_leaves_with_path(state.trainable) if _of_heads(path)]
+    own = np.repeat(np.arange(len(model.heads)), model.heads) == domain  # [C]: heads lie side by side
+
+    def draw(heads: list[jax.Array]) -> list[jax.Array]:
+        width = thinker_config(model).text.hidden_size
+        made = jax.tree.leaves(nnx.state(DomainHeads(width, model.heads, rngs=nnx.Rngs(seed + 1))))
+        return [jnp.where(own, new, old) for new, old in zip(made, heads, strict=True)]
+
+    with on_mesh(mesh):
+        drawn = iter(jax.jit(draw, out_shardings=[leaf.sharding for leaf in heads])(heads))
+    trainable = jax.tree_util.tree_map_with_path(lambda path, leaf: next(drawn) if _of_heads(path) else leaf, state.trainable)
+    return state._replace(trainable=trainable)
+
+
+def _of_heads(path: tuple[Any, ...]) -> bool:
+    return jax.tree_util.keystr(path, simple=True, separator="/").startswith("heads/")
 
 
 def fresh_optimizer(state: TrainState, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:

@@ -61,7 +61,7 @@ def test_an_example_that_was_built_elsewhere_is_the_same(atlas, pool):
 DEEDS = [
     ("crash", "crash", "SIGSEGV"),
     ("quit", "crash", "status 3"),
-    ("hang", "timeout", "within 1.5 s of processor time"),
+    ("hang", "timeout", "within 1.5 s of processor time|within 15 s,"),  # the latter on a machine that has other work
     ("hang_with_the_lock", "timeout", "within 15 s,"),  # it sleeps
     ("flood", "memory", "more memory"),
 ]

@@ -39,8 +39,9 @@ def test_every_committed_row_is_valid_and_its_media_open() -> None:
             HBA.check(sample)
             assert sample.class_label == sample.answer and sample.rationale
             assert (len(sample.audios), len(sample.videos)) == tuple(kind in sample.modality_signature for kind in ("audio", "video"))
-            assert len(sample.ext_video_feats) == len(sample.videos) and not sample.images and not sample.ext_audio_feats
-            used |= {*sample.audios, *sample.videos, *sample.ext_video_feats}
+            assert (len(sample.ext_audio_feats), len(sample.ext_video_feats)) == (len(sample.audios), len(sample.videos))
+            assert not sample.images
+            used |= {*sample.audios, *sample.videos, *sample.ext_video_feats, *sample.ext_audio_feats}
             for clip in sample.audios:
                 info = soundfile.info(str(clip))
                 assert (info.samplerate, info.channels, info.subtype, info.format) == (16000, 1, "PCM_16", "WAV")
@@ -67,7 +68,7 @@ def test_every_committed_row_is_valid_and_its_media_open() -> None:
 
 
 def test_generator_makes_the_committed_rows_again(tmp_path: Path) -> None:
-    made = generate(tmp_path / "again", MINI_SAMPLES, MINI_SEED, landmarks=True, workers=2)
+    made = generate(tmp_path / "again", MINI_SAMPLES, MINI_SEED, descriptors=True, workers=2)
     for split in SPLITS:
         assert (made / f"{split}.jsonl").read_bytes() == (MINI / f"{split}.jsonl").read_bytes()
     clips = sorted(path.relative_to(made) for path in made.rglob("*.*") if path.suffix in (".wav", ".mp4", ".npz"))
@@ -79,7 +80,10 @@ def test_generator_makes_the_committed_rows_again(tmp_path: Path) -> None:
         elif clip.suffix == ".mp4":
             assert np.abs(_pictures(made / clip).astype(int) - _pictures(MINI / clip)).mean() < 1
         else:
-            np.testing.assert_allclose(np.load(made / clip)["face"], np.load(MINI / clip)["face"], atol=2e-3)
+            ours, theirs = np.load(made / clip), np.load(MINI / clip)
+            assert {*ours} == {*theirs}
+            for name in ours:
+                np.testing.assert_allclose(ours[name], theirs[name], atol=2e-3)
 
 
 def test_media_do_not_depend_on_what_was_made_before() -> None:
@@ -111,7 +115,11 @@ def test_a_killed_run_leaves_nothing_behind_and_a_finished_one_is_kept(tmp_path:
     assert atlas(108, 7, cache=tmp_path, progress=stop) == folder  # from the cache
     with pytest.raises(FileExistsError, match="remove it"):
         generate(folder, 108, 7)
-    assert all(not json.loads(line)["ext_video_feats"] for line in (folder / "train.jsonl").read_text().splitlines())
+    rows = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
+    assert not any(row["ext_video_feats"] or row["ext_audio_feats"] for row in rows)
+    described = tmp_path / f"{folder.name}-descriptors"  # another atlas, which has a place of its own
+    described.mkdir()
+    assert atlas(108, 7, descriptors=True, cache=tmp_path) == described
 
 
 def test_parquet_holds_the_same_rows_with_bytes(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The BAM job at the smallest size, on the committed clips: their landmarks are all the descriptors that they have."""
+"""The BAM job at the smallest size, on the committed clips and their descriptors."""
 
 from __future__ import annotations
 
@@ -91,13 +91,15 @@ def first(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 def test_every_dataset_with_descriptors_gets_adapters_of_its_own(first: Path) -> None:
-    with_landmarks = {"meld_emotion", "meld_senti", "mmsd", "urfunny", "mimeqa", "siq2"}
-    assert {path.name for path in first.iterdir()} == with_landmarks
-    adapters = {name: read_torch_file(first / name / "adapters.bin") for name in with_landmarks}
-    weights = [adapters[name]["video_adapter.mlp.0.weight"].read() for name in sorted(with_landmarks)]
-    assert all(not np.array_equal(one, other) for one, other in zip(weights, weights[1:], strict=False))
-    assert all("audio_adapter.alpha" not in found for found in adapters.values())
-    for name in with_landmarks:
+    seen = {"meld_emotion", "meld_senti", "mmsd", "urfunny", "mimeqa", "siq2"}
+    heard = seen | {"cremad", "daicwoz"}
+    assert {path.name for path in first.iterdir()} == heard
+    adapters = {name: read_torch_file(first / name / "adapters.bin") for name in heard}
+    for modality, wanted in (("video", seen), ("audio", heard)):
+        assert {name for name, found in adapters.items() if f"{modality}_adapter.alpha" in found} == wanted
+        weights = [adapters[name][f"{modality}_adapter.mlp.0.weight"].read() for name in sorted(wanted)]
+        assert all(not np.array_equal(one, other) for one, other in zip(weights, weights[1:], strict=False))
+    for name in heard:
         scores = json.loads((first / name / "scores.json").read_text())
         assert {*scores} == {"with", "without", "shuffled"} and all(np.isfinite(losses(first / name)))
         assert (first / name / "heads.bin").exists() == (HBA.dataset(name).kind == "cls")
@@ -279,8 +281,8 @@ def test_behaviour_attention_is_written_and_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"bam__datasets": "cremad"}, "no training sample of cremad has a descriptor of video or audio"),
-        ({"bam__modalities": ("audio",)}, "no training sample of meld_emotion has a descriptor of audio"),
+        ({"bam__datasets": "mmpsy_anxiety"}, "no training sample of mmpsy_anxiety has a descriptor of video or audio"),
+        ({"bam__datasets": "cremad", "bam__modalities": ("video",)}, "no training sample of cremad has a descriptor of video"),
         ({"bam__datasets": "tess"}, "train has no rows of tess"),
         ({"bam__datasets": "mead"}, "unknown dataset 'mead' .* cremad"),
         ({"bam__datasets": ""}, "unknown dataset ''"),
@@ -365,6 +367,7 @@ def test_released_adapters_are_evaluated_as_they_are(tmp_path: Path) -> None:
     adapters = bam.make_behaviour(made.bam, tiny.TINY, ("video",), "cls", nnx.Rngs(0))
     write_behaviour(theirs, adapters, DomainHeads(32, parts.LABELS, rngs=nnx.Rngs(1)))
     changes = {"model__weights": str(theirs), "bam__epochs": 0, "bam__stage": "adapters", "compat__media_inputs": "text_only"}
+    changes["bam__modalities"] = ("video",)
     run(tmp_path / "run", **changes)
     folder = tmp_path / "run/bam/meld_emotion"
     for file in ("adapters.bin", "heads.bin"):

@@ -1,4 +1,4 @@
-"""Makes the miniature atlas: WAV and MP4 files, JSONL with relative paths, and on request landmarks and parquet with bytes.
+"""Makes the miniature atlas: WAV and MP4 files, JSONL with relative paths, and on request descriptors and parquet with bytes.
 
 python -m omnisapiens_jax.atlas.miniature.generate TARGET --samples 4500 --seed 0
 """
@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 import soundfile
 
 from omnisapiens_jax import resources
-from omnisapiens_jax.atlas.miniature import face, speech, words
+from omnisapiens_jax.atlas.miniature import acoustics, face, speech, words
 from omnisapiens_jax.atlas.miniature.script import DATASETS, Row, write_script
 from omnisapiens_jax.atlas.miniature.words import SPLITS
 
@@ -37,11 +37,11 @@ Progress = Callable[[int, int], None]  # rows done, rows in all
 
 
 def atlas(
-    samples: int = SAMPLES, seed: int = SEED, *, landmarks: bool = False, cache: Path | None = None, progress: Progress | None = None
+    samples: int = SAMPLES, seed: int = SEED, *, descriptors: bool = False, cache: Path | None = None, progress: Progress | None = None
 ) -> Path:
     """The folder of the atlas with these arguments, made on first use under `cache` (default `resources.cache()`)."""
-    target = (cache or resources.cache()) / f"atlas-{VERSION}-{seed}-{samples}{'-landmarks' if landmarks else ''}"
-    return target if target.exists() else generate(target, samples, seed, landmarks=landmarks, progress=progress)
+    target = (cache or resources.cache()) / f"atlas-{VERSION}-{seed}-{samples}{'-descriptors' if descriptors else ''}"
+    return target if target.exists() else generate(target, samples, seed, descriptors=descriptors, progress=progress)
 
 
 def generate(
@@ -49,7 +49,7 @@ def generate(
     samples: int = SAMPLES,
     seed: int = SEED,
     *,
-    landmarks: bool = False,
+    descriptors: bool = False,
     workers: int | None = None,
     progress: Progress | None = None,
 ) -> Path:
@@ -57,7 +57,8 @@ def generate(
 
     The rows are made in a temporary folder beside `target` and moved in one step, so a killed run leaves no half atlas. The same
     `samples` and `seed` give the same JSONL bytes and the same decoded media, whatever `workers` (default: one a core) is.
-    `landmarks` adds the descriptor files that `ext_video_feats` names; without them that list is empty.
+    `descriptors` adds the files that `ext_video_feats` (landmarks of the drawings) and `ext_audio_feats` (`acoustics`) name; without them
+    these lists are empty.
     """
     target = Path(target)
     if target.exists():
@@ -66,8 +67,8 @@ def generate(
     target.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
-        jobs = [(work, row, seed, landmarks) for split in SPLITS for row in script[split]]
-        for folder in ("audios", "videos", "pose/videos") if landmarks else ("audios", "videos"):
+        jobs = [(work, row, seed, descriptors) for split in SPLITS for row in script[split]]
+        for folder in ("audios", "videos", "pose/videos", "opensmile/audios") if descriptors else ("audios", "videos"):
             for split in SPLITS:
                 (work / folder / split).mkdir(parents=True)
         # spawn: a forked child of a process that already runs jax can deadlock
@@ -99,15 +100,18 @@ def _publish(work: Path, target: Path) -> None:
 
 def _make_row(job: tuple[Path, Row, int, bool]) -> dict[str, Any]:
     """Writes one row's media and returns its JSONL record. Runs in a worker process."""
-    folder, row, seed, landmarks = job
+    folder, row, seed, descriptors = job
     dataset = DATASETS[row.dataset]
     rng = np.random.default_rng([seed, SPLITS.index(row.split), row.index, 1])
-    audios, videos, poses = [], [], []
+    audios, videos, poses, acoustic = [], [], [], []
     if "audio" in dataset.signature:
         voice = words.SPEAKERS[row.split][row.speaker]
         wave = speech.speak(row.transcript, voice, row.voice, rng, row.laugh) if row.voice else speech.room(rng)
         audios.append(f"audios/{row.split}/{row.name}.wav")
         soundfile.write(folder / audios[0], wave, speech.RATE, subtype="PCM_16")
+        if descriptors:
+            acoustic.append(f"opensmile/{audios[0]}.npz")
+            np.savez_compressed(folder / acoustic[0], allow_pickle=False, **acoustics.describe(wave))
         if "video" in dataset.signature:
             look = face.draw_look(np.random.default_rng([SPLITS.index(row.split), row.speaker]))
             count = max(8, round(len(wave) / speech.RATE * face.FPS))
@@ -116,9 +120,9 @@ def _make_row(job: tuple[Path, Row, int, bool]) -> dict[str, Any]:
             frames, drawn = face.animate(look, row.face, loudness, rng, late=late)
             videos.append(f"videos/{row.split}/{row.name}.mp4")
             (folder / videos[0]).write_bytes(encode_mp4(frames, wave))
-            if landmarks:
+            if descriptors:
                 poses.append(f"pose/{videos[0]}.npz")
-                _write_descriptor(folder / poses[0], face.landmarks(drawn))
+                _write_landmarks(folder / poses[0], face.landmarks(drawn))
     return {
         "problem": row.problem,
         "answer": row.answer,
@@ -128,7 +132,7 @@ def _make_row(job: tuple[Path, Row, int, bool]) -> dict[str, Any]:
         "dataset": row.dataset,
         "modality_signature": dataset.signature,
         "ext_video_feats": poses,
-        "ext_audio_feats": [],
+        "ext_audio_feats": acoustic,
         "task": dataset.task,
         "class_label": row.answer,
         "rationale": row.rationale,
@@ -154,7 +158,7 @@ def encode_mp4(frames: np.ndarray, wave: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def _write_descriptor(file: Path, points: np.ndarray) -> None:
+def _write_landmarks(file: Path, points: np.ndarray) -> None:
     """Landmarks in the benchmark's layout: every fourth frame; no body and no hands are drawn, so those are zero."""
     kept = np.arange(0, len(points), 4)
     np.savez_compressed(
@@ -194,14 +198,14 @@ def main() -> None:
     parser.add_argument("target", type=Path, help="folder to make; must not exist")
     parser.add_argument("--samples", type=int, default=SAMPLES, help="rows of all splits together (default %(default)s)")
     parser.add_argument("--seed", type=int, default=SEED, help="default %(default)s")
-    parser.add_argument("--landmarks", action="store_true", help="also write the drawings' landmarks (.npz)")
+    parser.add_argument("--descriptors", action="store_true", help="also write landmarks and acoustics (.npz)")
     parser.add_argument("--parquet", action="store_true", help="also write TARGET/parquet with the media inside")
     arguments = parser.parse_args()
     folder = generate(
         arguments.target,
         arguments.samples,
         arguments.seed,
-        landmarks=arguments.landmarks,
+        descriptors=arguments.descriptors,
         progress=lambda done, total: print(f"\r{done}/{total} rows", end="" if done < total else "\n", flush=True),
     )
     if arguments.parquet:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import math
+import threading
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -29,6 +30,7 @@ AUDIO_WIDTH = 6373
 LOW_LEVEL_WIDTH = 65
 ASSUMED_FPS = 30.0  # of a clip whose rate neither its descriptor nor the caller says
 
+_ONE_HEADER = threading.Lock()  # numpy parses it with `ast`, of which Python 3.11 counts the depth for all threads together
 _MOST_BYTES = 1 << 30  # of one file, unpacked: an hour and a half of landmarks
 
 
@@ -190,7 +192,8 @@ def _numpy_array(opened: BinaryIO) -> np.ndarray:
     version = np.lib.format.read_magic(opened)
     if version != (1, 0):
         raise ValueError(f"format {version}")
-    shape, turned, dtype = np.lib.format.read_array_header_1_0(opened)
+    with _ONE_HEADER:
+        shape, turned, dtype = np.lib.format.read_array_header_1_0(opened)
     content = opened.read()
     if dtype.kind not in "fiub" or math.prod(shape) * dtype.itemsize != len(content):
         raise ValueError(f"{dtype} {shape} of {len(content):,} bytes")

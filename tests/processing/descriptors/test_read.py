@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import pickle
 import random
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -226,3 +229,18 @@ def test_five_thousand_broken_files_raise_nothing_but_the_one_error(released: tu
                     assert found.pooled.shape == (pooled,) and found.frames.shape == (len(found.times), width)
                     assert np.isfinite(found.pooled).all() and np.isfinite(found.frames).all()
     assert read > 100 and errors > 5000  # both ways are taken
+
+
+def test_threads_read_headers_at_once() -> None:
+    """Python 3.11 may otherwise say of a whole file: AST constructor recursion depth mismatch."""
+    held = io.BytesIO()
+    np.savez(held, features=np.zeros((1, 6373), np.float32))
+    switching, collecting = sys.getswitchinterval(), gc.get_threshold()
+    try:
+        sys.setswitchinterval(1e-7)
+        gc.set_threshold(1, 1, 1)
+        with ThreadPoolExecutor(8) as pool:
+            assert all(pool.map(read_audio_descriptor, [held.getvalue()] * 1000))
+    finally:
+        sys.setswitchinterval(switching)
+        gc.set_threshold(*collecting)
