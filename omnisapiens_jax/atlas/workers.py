@@ -138,6 +138,7 @@ class WorkerPool:
         # Linux ends a worker when the thread that started it ends, so that thread must live as long as the pool.
         self._starter = ThreadPoolExecutor(1, thread_name_prefix="starts workers")
         self._workers = [_Worker(self._starter, deadline, memory) for _ in range(count)]
+        self._closed = False
         self._idle: queue.LifoQueue[_Worker] = queue.LifoQueue()
         for worker in self._workers:
             self._idle.put(worker)
@@ -148,8 +149,10 @@ class WorkerPool:
 
         Raises:
             SampleError: the row cannot be used, or a worker ended over it.
-            RuntimeError: workers cannot be started.
+            RuntimeError: workers cannot be started, or the pool is closed.
         """
+        if self._closed:
+            raise RuntimeError("the worker pool was closed")
         worker = _waiting(lambda: self._idle.get(timeout=_GLANCE), queue.Empty)
         try:
             return worker.ask(decoder, file, task, row, *arguments)
@@ -157,14 +160,15 @@ class WorkerPool:
             self._idle.put(worker)
 
     def close(self) -> None:
-        """Ends the workers, also those that are at work."""
+        """Ends the workers, also those that are at work. No new ones start: what asks them now gets a RuntimeError."""
+        self._closed = True
         _close(self._workers, self._starter)
 
 
 def _close(workers: Sequence[_Worker], starter: ThreadPoolExecutor) -> None:
+    starter.shutdown(wait=False)  # first, or a thread that finds its worker gone has another one started
     for worker in workers:
         worker.end()
-    starter.shutdown(wait=False)
 
 
 _shared_pools_lock = threading.Lock()

@@ -161,6 +161,17 @@ def test_a_closed_pool_leaves_no_process_and_no_waiting_thread(atlas):
     assert ended and not child.is_running()
 
 
+def test_a_closed_pool_starts_no_process(atlas):
+    pool = WorkerPool(1)
+    pool.close()
+
+    def ask():
+        with pytest.raises(RuntimeError, match="closed"):
+            IsolatedDecoder(Decoder(open_source(atlas), recipe()), pool).build(0)
+
+    assert not started(ask)
+
+
 RUN = """
 import signal, sys, threading
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores interrupts, and what it starts does too
