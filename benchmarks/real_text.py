@@ -45,7 +45,7 @@ MARKERS = "<!-- real text: written by benchmarks/real_text.py -->", "<!-- /real 
 TWEETS, SARCASM = (dataset.name for dataset in REAL_TEXT.datasets)
 REPO = Path(__file__).resolve().parents[1]
 # Of the random start.
-VOCABULARY, WIDTH, LAYERS = 4096, 64, 2
+VOCABULARY, WIDTH, LAYERS = 12_000, 64, 2
 _STRENGTHS = (0.3, 1.0, 3.0, 10.0, 30.0)  # of the logistic regression: inverse weights of its penalty
 
 
