@@ -34,7 +34,7 @@ MARKERS = ("<!-- supervised: written by benchmarks/supervised.py -->", "<!-- /su
 DESCRIBED = ("meld_emotion", "meld_senti", "cremad", "mmsd", "urfunny", "daicwoz")  # classified datasets that have descriptors
 BASES = ("text", "sft")  # what adapters stand on
 GIVEN = ("with", "shuffled")  # descriptors that adapters are given: a sample's own, and another's
-HELD_OUT = "meld_emotion"  # of the transfer
+HELD_OUT = "mmsd"  # of the transfer: a small set, whose label is a relation of words and delivery
 
 Configure = Callable[[str, int, Path], ConfigDict]
 Name = TypeVar("Name")

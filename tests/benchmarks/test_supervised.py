@@ -72,7 +72,7 @@ def test_a_dataset_that_is_harmed_is_named() -> None:
 def small(job: str, seed: int, runs: Path) -> ConfigDict:
     """Runs of seconds on the committed clips."""
     made = supervised.config(job, seed, runs)
-    changes = {"eval_batch": 8, "model.preset": "tiny", "atlas.path": str(resource("data/mini")), "mesh.data": 8}
+    changes = {"eval_batch": 8, "model.preset": "tiny", "atlas.path": str(resource("data/mini"))}
     for stage in jobs.STAGES:
         if stage in made:
             changes |= {f"{stage}.{name}": value for name, value in (("batch_size", 8), ("steps", 2), ("eval_every", 2))}
@@ -84,13 +84,14 @@ def small(job: str, seed: int, runs: Path) -> ConfigDict:
 
 @pytest.mark.slow
 def test_runs_that_are_finished_are_only_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert world.PRESETS["tiny"]
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(jobs, "make_mesh", lambda **_: world.mesh_of((1, 1, 1)))
+    monkeypatch.setattr(supervised, "DESCRIBED", described := ("meld_emotion", HELD_OUT))
     first = supervised.outcome(tmp_path, 0, small)
     monkeypatch.setattr(jobs, "run", lambda *_: pytest.fail("a finished run was run again"))
     assert supervised.outcome(tmp_path, 0, small) == first
     assert {*first.right} == {*outcome().right} and {*first.datasets.values()} == {*DATASETS}
-    assert {i for i in first.right["text with"]} == {i for i, name in first.datasets.items() if name in DESCRIBED}
+    assert {i for i in first.right["text with"]} == {i for i, name in first.datasets.items() if name in described}
     assert {first.datasets[i] for i in first.right["transfer-descriptors"]} == {HELD_OUT}
     assert Table({0: first}).markdown()
     fed = {path.name: json.loads((path / "config.json").read_text())["compat"]["media_inputs"] for path in tmp_path.glob("*-0")}
