@@ -122,7 +122,7 @@ def test_a_workdir_that_cannot_be_written_is_told(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("setting", "value", "told"),
     [
-        ("job", "dream", "unknown config.job 'dream'; known: rl, bam, generative, sft, qa, evaluate"),
+        ("job", "dream", "unknown config.job 'dream'; known: rl, bam, transfer, generative, sft, qa, evaluate"),
         ("warm_start.rows", "half", "unknown config.warm_start.rows 'half'; known: all, third, rest, none"),
         ("rl.rows", "none", "unknown config.rl.rows 'none'; known: all, third, rest"),
         ("model.remat", "some", "unknown config.model.remat 'some'; known: none, full, dots"),
