@@ -159,6 +159,7 @@ class Table:
             ("SFT beats the commonest answer", self.gain("majority", "sft", datasets).low > 0),
             ("SFT beats text alone", self.gain("text", "sft", datasets).low > 0),
             ("descriptors add where no media are fed, as published", self.gain("text", "text with", DESCRIBED).low > 0),
+            ("descriptors add to SFT, which media are fed to", self.gain("sft", "sft with", DESCRIBED).low > 0),
             ("those of another sample add nothing", all(self.gain(base, f"{base} shuffled", DESCRIBED).low <= 0 for base in BASES)),
             ("no dataset is harmed by its descriptors" + (f", but: {', '.join(harmed)}" if harmed else ""), not harmed),
             (f"what the others have taught beats scratch on {HELD_OUT}", all(cell.low > 0 for cell in cells)),
