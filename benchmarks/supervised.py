@@ -34,7 +34,7 @@ MARKERS = ("<!-- supervised: written by benchmarks/supervised.py -->", "<!-- /su
 DESCRIBED = ("meld_emotion", "meld_senti", "cremad", "mmsd", "urfunny", "daicwoz")  # classified datasets that have descriptors
 BASES = ("text", "sft")  # what adapters stand on
 GIVEN = ("with", "shuffled")  # descriptors that adapters are given: a sample's own, and another's
-HELD_OUT = "mmsd"  # of the transfer: a small set, whose label is a relation of words and delivery
+HELD_OUT = "meld_emotion"  # of the transfer, and then learnt from a third of its rows: what others have taught is for sets that are small
 
 Configure = Callable[[str, int, Path], ConfigDict]
 Name = TypeVar("Name")
@@ -65,7 +65,7 @@ def config(job: str, seed: int, runs: Path) -> ConfigDict:
         made.bam.update({"alpha": 1.0, "adapter_lr": 2e-4} if base == "text" else {"alpha": 0.25, "adapter_lr": 1e-4, "lr": 1e-5})
     if name == "transfer":
         made.transfer.dataset = HELD_OUT
-        made.finetune.steps = 150
+        made.finetune.update({"rows": "third", "steps": 150})
     return made
 
 
@@ -137,7 +137,7 @@ class Table:
             ]
             count = len(self.right("sft", own)[0])
             body.append([name, count, commonest, text, *gains[:2], sft, _told(self.gain("text", "sft", own)), *gains[2:]])
-        cells = ["", f"`{HELD_OUT}`, scratch", "transfer", f"transfer {_MINUS} scratch"]
+        cells = ["", f"a third of `{HELD_OUT}`, scratch", "transfer", f"transfer {_MINUS} scratch"]
         rows = []
         for told, ending in (("heads", ""), ("with descriptors", f"-{jobs.DESCRIBED}")):
             scratch, transfer = (f"{cell}{ending}" for cell in jobs.CELLS)
@@ -153,7 +153,7 @@ class Table:
     def claims(self) -> list[tuple[str, bool]]:
         """What is to be shown, and whether it is."""
         datasets = sorted({*next(iter(self.outcomes.values())).datasets.values()})
-        harmed = [f"{name} ({base})" for base in BASES for name in DESCRIBED if self.gain(base, f"{base} with", (name,)).high < 0]
+        harmed = {base: [name for name in DESCRIBED if self.gain(base, f"{base} with", (name,)).high < 0] for base in BASES}
         cells = [self.gain(f"scratch{ending}", f"transfer{ending}", (HELD_OUT,)) for ending in ("", f"-{jobs.DESCRIBED}")]
         return [
             ("SFT beats the commonest answer", self.gain("majority", "sft", datasets).low > 0),
@@ -161,7 +161,10 @@ class Table:
             ("descriptors add where no media are fed, as published", self.gain("text", "text with", DESCRIBED).low > 0),
             ("descriptors add to SFT, which media are fed to", self.gain("sft", "sft with", DESCRIBED).low > 0),
             ("those of another sample add nothing", all(self.gain(base, f"{base} shuffled", DESCRIBED).low <= 0 for base in BASES)),
-            ("no dataset is harmed by its descriptors" + (f", but: {', '.join(harmed)}" if harmed else ""), not harmed),
+            *(
+                (f"no dataset is harmed by its descriptors {where}" + "".join(f", but {name}" for name in harmed[base]), not harmed[base])
+                for base, where in (("text", "where no media are fed"), ("sft", "beside media"))
+            ),
             (f"what the others have taught beats scratch on {HELD_OUT}", all(cell.low > 0 for cell in cells)),
         ]
 

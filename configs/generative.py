@@ -8,5 +8,7 @@ from omnisapiens_jax import defaults
 def get_config(size: str = "mini") -> ConfigDict:
     config = defaults.base(size)
     config.job = "generative"
+    if size == "mini":
+        config.atlas.training.word_dropout = 0.3  # as in configs/rl.py
     config.generative = defaults.supervised(size)
     return config
