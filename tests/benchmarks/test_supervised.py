@@ -45,7 +45,7 @@ def test_the_table_has_means_over_seeds_and_paired_intervals() -> None:
     for place, gain in ((3, "+40.0"), (4, "-10.0"), (6, "+25.0"), (7, "+10.0"), (8, "-15.0")):
         assert rows["`mmsd`"][place].startswith(f"{gain} [")
     assert rows["heads"][:2] == ["40.0", "80.0"] and rows["with descriptors"][2].startswith("+40.0 [")
-    assert text.count("holds: ") == 8 and "fails" not in text and "2 seeds" in text
+    assert text.count("holds: ") == 9 and "fails" not in text and "the seeds 0, 1;" in text
 
 
 @pytest.mark.parametrize(
@@ -56,7 +56,8 @@ def test_the_table_has_means_over_seeds_and_paired_intervals() -> None:
         ({"text with": 0.5}, "descriptors add where no media are fed, as published"),
         ({"sft with": 0.7}, "descriptors add to SFT, which media are fed to"),
         ({"sft shuffled": 0.9}, "those of another sample add nothing"),
-        ({"transfer-descriptors": 0.5}, f"what the others have taught beats scratch on {HELD_OUT}"),
+        ({"transfer": 0.4}, f"what the others have taught beats scratch on {HELD_OUT}"),
+        ({"transfer-descriptors": 0.5}, f"what the others have taught beats scratch on {HELD_OUT}, descriptors at hand"),
     ],
 )
 def test_what_is_not_shown_is_told(shares: dict[str, float], claim: str) -> None:
