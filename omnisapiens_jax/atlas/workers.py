@@ -28,6 +28,8 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
+import psutil
+
 from omnisapiens_jax.atlas.recipe import Recipe
 from omnisapiens_jax.atlas.schema import Sample, SampleError
 from omnisapiens_jax.atlas.sources import Source
@@ -123,7 +125,7 @@ def open_decoder(
         zero: put silence and black in the place of media that cannot be used.
         workers: processes; 0 isolates nothing.
         deadline: seconds of processor time that a worker may take for a row, and ten times as many by the wall clock: a busy machine costs
-            no sample, and what sleeps for ever is ended too. (Where the system does not tell the time of a process, all by the clock.)
+            no sample, and what sleeps for ever is ended too.
         memory: bytes that a worker may allocate beyond what it needs to begin (on Linux).
     """
     decoder = Decoder(source, recipe, zero)
@@ -238,15 +240,12 @@ class _Limit:
 
 
 def _processor_time(pid: int) -> float:
-    """Seconds that a process of ours has worked, all its threads together; 0 of one that is gone, the wall clock where nobody tells."""
-    if sys.platform != "linux":
-        return time.monotonic()
+    """Seconds that a process of ours has worked, all its threads together; 0 of one that is gone."""
     try:
-        with open(f"/proc/{pid}/stat", "rb") as file:
-            fields = file.read().rpartition(b")")[2].split()  # the name before it may hold anything
-    except OSError:
+        times = psutil.Process(pid).cpu_times()
+    except psutil.NoSuchProcess:
         return 0.0
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")  # in user code, in the kernel
+    return times.user + times.system
 
 
 class _Worker:

@@ -46,7 +46,7 @@ FAULTS = {
         "problem",
         "2 <audio>",
     ),
-    "no media where the signature says so": (lambda p: edit_row(p, BAD, audios=[]), "no_media", "audios", "is 'text_video_audio'"),
+    "no media where the signature says so": (lambda p: edit_row(p, BAD, videos=[]), "no_media", "videos", "is 'text_video_audio'"),
     "no media where the problem says so": (
         lambda p: edit_row(p, BAD, modality_signature="text_audio", videos=None, problem="<video>\nWhich of anger, sad?"),
         "no_media",
@@ -80,6 +80,12 @@ def test_measuring_names_the_row_and_what_is_wrong(atlas, name):
     assert BAD not in index.ids and len(index) == 8
     assert [(f.kind, f.field, f.row) for f in faults] == [(kind, field, BAD)]
     assert sum(faults.counts().values()) == 1
+
+
+def test_a_video_may_bring_the_sound_that_the_signature_promises(atlas):
+    edit_row(atlas, BAD, audios=[], problem="<video>\nWhich of anger, sad?")
+    sample = open_source(atlas)[BAD]
+    assert "audio" in sample.modality_signature and sample.videos and not sample.audios
 
 
 @pytest.mark.parametrize("name", [name for name, (_, kind, _, _) in FAULTS.items() if kind in ("media", "schema", "no_media")])
