@@ -35,7 +35,7 @@ def test_they_are_read_as_any_sounds_descriptor() -> None:
 @pytest.mark.parametrize("hertz", [90.0, 150.0, 240.0, 400.0])
 def test_pitch_and_voice_of_a_held_note(hertz: float) -> None:
     frames = acoustics.low_level(tone(hertz))
-    np.testing.assert_allclose(of(frames, "pitch"), np.log2(hertz / 150), atol=0.05)
+    np.testing.assert_allclose(of(frames, "pitch"), np.log2(hertz / 150), atol=0.02)  # half a sample of 40
     assert (of(frames, "voicing") > 0.95).all()
 
 
@@ -49,7 +49,7 @@ def test_noise_has_no_voice_and_silence_is_finite() -> None:
 
 def test_ten_times_louder_is_one_more_and_a_band_is_where_its_tone_is() -> None:
     loud, quiet = acoustics.low_level(tone(150)), acoustics.low_level(tone(150) / 10)
-    np.testing.assert_allclose(of(loud, "energy") - of(quiet, "energy"), 1, atol=0.01)
+    np.testing.assert_allclose(of(loud, "energy") - of(quiet, "energy"), 1, atol=1e-3)  # the floor of -100 dB
     time = np.arange(speech.RATE) / speech.RATE
     peaks = [acoustics.low_level(np.sin(2 * np.pi * hertz * time))[:, -acoustics.BANDS :].mean(0).argmax() for hertz in (200, 1000, 5000)]
     assert peaks[0] < peaks[1] < peaks[2]
