@@ -29,7 +29,8 @@ class PipelineConfig:
     Attributes:
         on_error: what an unusable row does: `raise`, or `skip`, which masks its slot and notes it in `Pipeline.faults`, or `zero`, which
             notes it too, but feeds the row with silence and black in the place of media that cannot be used.
-        cache_bytes: bound of the built examples kept in memory, 0 for none. RL meets its prompts again. Those that lose words are not kept.
+        cache_bytes: bound of the built examples kept in memory, 0 for none. RL meets its prompts again. Of those that lose words the media
+            are used again.
         workers: processes that decode; 0 decodes in threads of this one.
         deadline: seconds of processor time that a worker process may take for a row before it is ended, see `open_decoder`.
         memory: bytes that a worker process may allocate beyond what it begins with.
@@ -151,11 +152,12 @@ class _Load:
         return example.without(audio=bool(withheld & NO_AUDIO), video=bool(withheld & NO_VIDEO)) if withheld else example, faults
 
     def _example(self, i: int, words: WordDropout | None) -> tuple[Example, list[SampleError]]:
-        if words is None and (example := self._cache.get(i)) is not None:
-            return example, []
+        kept = self._cache.get(i)
+        if words is None and kept is not None:
+            return kept, []
         place = np.searchsorted(self._index.ids, i)
-        example, replaced = self._decoder.build(i, int(self._index.excess[place]), Bucket(*self._index.sizes[place].tolist()), words)
-        if words is None and not replaced:  # else it is counted again when it comes round
+        example, replaced = self._decoder.build(i, int(self._index.excess[place]), Bucket(*self._index.sizes[place].tolist()), words, kept)
+        if not replaced:  # else it is counted again when it comes round
             self._cache.put(i, example)
         return example, replaced
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import pickle
 from collections.abc import Callable
@@ -109,11 +110,16 @@ class Recipe:
         return size, excess
 
     def build(
-        self, sample: Sample, excess: int = 0, replaced: list[SampleError] | None = None, words: WordDropout | None = None
+        self,
+        sample: Sample,
+        excess: int = 0,
+        replaced: list[SampleError] | None = None,
+        words: WordDropout | None = None,
+        like: Example | None = None,
     ) -> Example:
         """The example of a sample, its transcript shortened by the `excess` tokens that `measure` found; `replaced` as there.
 
-        With `words` it loses some of its transcript, and is not longer for it.
+        With `words` it loses some of its transcript, and is not longer for it. `like` is one with other words, whose media are taken over.
 
         It knows its head and its class, as the scheme has them.
 
@@ -125,10 +131,11 @@ class Recipe:
         problem = self._shortened(sample, 0 if right else excess)
         if words is not None:
             problem = self._without(words, problem)
-        example = self._guarded(sample, build_example, problem, replaced)
+        example = self._guarded(sample, functools.partial(build_example, like=like), problem, replaced)
         if cut_off := max(len(example.tokens) - self.max_tokens, 0) if right else 0:
             kept = np.delete(np.arange(len(example.tokens)), slice(example.prompt_length - cut_off, example.prompt_length))
-            example = lay_out_words(example.tokens[kept], example.labels[kept], example.prompt_length - cut_off, self.config)
+            cut = lay_out_words(example.tokens[kept], example.labels[kept], example.prompt_length - cut_off, self.config)
+            example = dataclasses.replace(cut, read=example.read)
         if self.target is not None:
             example = self._as_taught(example)
         domain, label = self.scheme.place(sample.dataset, sample.answer)

@@ -80,15 +80,18 @@ class Decoder:
         excess: int = 0,
         planned: Bucket | None = None,
         words: WordDropout | None = None,
+        like: Example | None = None,
         told: Callable[[Sample], None] | None = None,
     ) -> tuple[Example, list[SampleError]]:
         """The example of a row that `measure` found `excess` tokens too long, without `words`, and the faults of media that were replaced.
+
+        The media are those of `like`, where it is given.
 
         Raises:
             SampleError: the row cannot be used, or is larger than the `planned` size.
         """
         sample, replaced = read_row(self.source, row, told), [] if self.zero else None
-        example = within_memory(sample, lambda: self.recipe.build(sample, excess, replaced, words))
+        example = within_memory(sample, lambda: self.recipe.build(sample, excess, replaced, words, like))
         if planned is not None and not planned.holds(example.size()):
             reason = f"now gives {example.size()}, not the {planned} planned with: the file changed since it was measured"
             raise sample.error(f"{reason}; delete the length cache", kind="media", field="media")
@@ -108,10 +111,15 @@ class IsolatedDecoder:
         return self._pool.run(self._payload, self._source.file(row), "measure", row)
 
     def build(
-        self, row: int, excess: int = 0, planned: Bucket | None = None, words: WordDropout | None = None
+        self,
+        row: int,
+        excess: int = 0,
+        planned: Bucket | None = None,
+        words: WordDropout | None = None,
+        like: Example | None = None,
     ) -> tuple[Example, list[SampleError]]:
         """See `Decoder.build`. The arrays lie in memory that the worker filled: nothing is copied on the way."""
-        return self._pool.run(self._payload, self._source.file(row), "build", row, excess, planned, words)
+        return self._pool.run(self._payload, self._source.file(row), "build", row, excess, planned, words, like)
 
 
 def open_decoder(

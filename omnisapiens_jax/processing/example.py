@@ -68,6 +68,23 @@ ADDED = np.array([field.name not in ("windows", "window_patches") for field in d
 
 
 @dataclasses.dataclass(frozen=True)
+class Read:
+    """What the media of a prompt take up in it, in reading order: all that its tokens and positions want to know of them.
+
+    Attributes:
+        audio_tokens: of each sound.
+        grids: of each image and video.
+        seconds: that a grid step of each video lasts.
+        with_sound: whether the sound of videos is among the sounds.
+    """
+
+    audio_tokens: tuple[int, ...] = ()
+    grids: tuple[Grid, ...] = ()
+    seconds: tuple[float, ...] = ()
+    with_sound: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
 class Example:
     """One row, unpadded. The prompt comes first; a response, if there is one, follows and is all that is trained."""
 
@@ -86,6 +103,7 @@ class Example:
     media_slot: np.ndarray  # [T, 3] int32: audio (i, 0, 0); vision (frame, window, cell)
     domain: int = -1  # the head that classifies this row, -1 for none (a free-form answer)
     label: int = -1  # its class among those of all heads, -1 for none
+    read: Read = Read()
 
     def size(self) -> Bucket:
         """The smallest bucket that holds this row."""
@@ -109,26 +127,35 @@ def build_example(
     response: str | None = None,
     name: str = "sample",
     replaced: list[MediaError] | None = None,
+    like: Example | None = None,
 ) -> Example:
     """Decodes the media of a sample and lays out its prompt; with `response` also its target, which ends with `<|im_end|>`.
+
+    The media are those of `like`, an example of the same sample with other words, where it is given: none is opened.
 
     Raises MediaError for media that cannot be used, ValueError for a problem whose tags do not match the media. Both begin with `name`.
     Where `replaced` is given, such media are replaced and the reason goes into that list: half a second of silence for sound, black for
     pictures (reference section 2.5), which are 224 x 224, or as large as the file says if it says that much, so that `measure` holds.
     """
     reader = _Reader(config, options, replaced, decode=options.feed_media)
-    prompt = _build_prompt(reader, problem, tokenizer, audios, videos, images, name)
+    prompt = _build_prompt(
+        reader if like is None else _Remembered(like.read), config, options, problem, tokenizer, audios, videos, images, name
+    )
     answer = [] if response is None else [*tokenizer.encode(response), config.tokens.im_end]
     length, total = len(prompt.tokens), len(prompt.tokens) + len(answer)
     labels = np.full(total, IGNORED, np.int32)
     labels[length:] = answer
     tokens = np.concatenate([prompt.tokens, np.asarray(answer, np.int32)])
     if not options.feed_media:
-        return lay_out_words(tokens, labels, length, config)
+        return dataclasses.replace(lay_out_words(tokens, labels, length, config), read=prompt.read)
     # A response holds no media, whatever ids a policy may sample: it continues from the prompt's last position, on all axes alike.
     tail = prompt.positions[:, -1:] + 1 + np.arange(len(answer), dtype=np.int32)
     positions = np.concatenate([prompt.positions, tail], axis=1)
-    return lay_out(tokens, labels, positions, length, reader.mels, reader.visuals, config)
+    if like is not None:
+        kinds, slots = _places(tokens[:length], total, like.media_slot[like.media == VISION], config)
+        said = {"tokens": tokens, "labels": labels, "positions": positions, "rope_delta": _rope_delta(positions), "prompt_length": length}
+        return dataclasses.replace(like, **said, media=kinds, media_slot=slots)
+    return dataclasses.replace(lay_out(tokens, labels, positions, length, reader.mels, reader.visuals, config), read=prompt.read)
 
 
 def lay_out(
@@ -145,16 +172,12 @@ def lay_out(
     `mels` (each `[frames, mels]`) and `visuals` (patches and grid of images and videos) are in reading order.
     """
     audio, vision = layout_audio(mels, config.audio), layout_vision(visuals, config.vision)
-    kinds, slots = np.zeros(len(tokens), np.int32), np.zeros((len(tokens), 3), np.int32)
-    heard = np.flatnonzero(tokens[:prompt_length] == config.tokens.audio)
-    seen = np.flatnonzero(np.isin(tokens[:prompt_length], (config.tokens.image, config.tokens.video)))
-    kinds[heard], kinds[seen] = AUDIO, VISION
-    slots[heard, 0], slots[seen] = np.arange(len(audio.pairs)), vision.slots
+    kinds, slots = _places(tokens[:prompt_length], len(tokens), vision.slots, config)
     return Example(
         tokens=tokens,
         labels=labels,
         positions=positions,
-        rope_delta=1 + int(positions.max()) - len(tokens),
+        rope_delta=_rope_delta(positions),
         prompt_length=prompt_length,
         audio_chunks=audio.chunks,
         audio_frames=audio.frames,
@@ -165,6 +188,20 @@ def lay_out(
         media=kinds,
         media_slot=slots,
     )
+
+
+def _places(prompt: np.ndarray, length: int, vision_slots: np.ndarray, config: ThinkerConfig) -> tuple[np.ndarray, np.ndarray]:
+    """`media` and `media_slot` of a row of some length, by the placeholders in its prompt and the slots of pictures, in reading order."""
+    kinds, slots = np.zeros(length, np.int32), np.zeros((length, 3), np.int32)
+    heard = np.flatnonzero(prompt == config.tokens.audio)
+    seen = np.flatnonzero(np.isin(prompt, (config.tokens.image, config.tokens.video)))
+    kinds[heard], kinds[seen] = AUDIO, VISION
+    slots[heard, 0], slots[seen] = np.arange(len(heard)), vision_slots
+    return kinds, slots
+
+
+def _rope_delta(positions: np.ndarray) -> int:
+    return 1 + int(positions.max()) - positions.shape[1]
 
 
 def lay_out_words(tokens: np.ndarray, labels: np.ndarray, prompt_length: int, config: ThinkerConfig) -> Example:
@@ -188,7 +225,7 @@ def measure(
 ) -> Bucket:
     """`build_example(...).size()` without decoding a picture: only sound is decoded, videos are counted by their packets."""
     reader = _Reader(config, options, replaced, decode=False)
-    prompt = _build_prompt(reader, problem, tokenizer, audios, videos, images, name)
+    prompt = _build_prompt(reader, config, options, problem, tokenizer, audios, videos, images, name)
     tokens = len(prompt.tokens) + (0 if response is None else len(tokenizer.encode(response)) + 1)
     if not options.feed_media:
         return Bucket(tokens)
@@ -280,6 +317,7 @@ def collate_packed(rows: Sequence[Sequence[Example | None]], bucket: Bucket, con
 class _Prompt:
     tokens: np.ndarray
     positions: np.ndarray
+    read: Read
 
 
 class _Reader:
@@ -377,6 +415,30 @@ class _Reader:
         return {"min_pixels": options.video_min_pixels, "max_pixels": options.video_max_pixels}
 
 
+class _Remembered:
+    """A reader that tells once more what another has read of the same media; nothing is opened."""
+
+    def __init__(self, read: Read):
+        self._with_sound = read.with_sound
+        self._audio_tokens, self._grids, self._seconds = iter(read.audio_tokens), iter(read.grids), iter(read.seconds)
+
+    def has_audio(self, source: Source, name: str) -> bool:
+        """See `_Reader`."""
+        return self._with_sound
+
+    def audio(self, source: Source, name: str) -> int:
+        """See `_Reader`."""
+        return next(self._audio_tokens)
+
+    def picture(self, kind: str, source: Source, name: str) -> Grid:
+        """See `_Reader`."""
+        return next(self._grids)
+
+    def seconds_per_grid(self, source: Source, name: str) -> float:
+        """See `_Reader`."""
+        return next(self._seconds)
+
+
 def _named(name: str, work: Callable[[], _T]) -> _T:
     try:
         return work()
@@ -385,7 +447,9 @@ def _named(name: str, work: Callable[[], _T]) -> _T:
 
 
 def _build_prompt(
-    reader: _Reader,
+    reader: _Reader | _Remembered,
+    config: ThinkerConfig,
+    options: ProcessingConfig,
     problem: str,
     tokenizer: Tokenizer,
     audios: Sequence[Source],
@@ -393,7 +457,7 @@ def _build_prompt(
     images: Sequence[Source],
     name: str,
 ) -> _Prompt:
-    config, options, ids = reader.config, reader.options, reader.config.tokens
+    ids = config.tokens
     if tokenizer.ids != ids:
         raise ValueError(
             f"the tokenizer's special ids {tokenizer.ids} are not the model's {ids}: vocabulary and configuration do not belong together"
@@ -417,7 +481,7 @@ def _build_prompt(
 
     audio_tokens: list[int] = []
     seconds: list[float] = []  # that a grid step of each video lasts
-    grids: dict[str, list[Grid]] = {"image": [], "video": []}
+    grids: list[tuple[str, Grid]] = []  # and what each is of
     pieces: list[np.ndarray] = []
     following = 0
     with_sound = options.use_audio_in_video and any(reader.has_audio(v, f"{name}, video {i}") for i, v in enumerate(videos))
@@ -431,7 +495,7 @@ def _build_prompt(
             span = np.full(audio_tokens[-1], ids.audio, np.int32)
         else:
             grid = reader.picture(kind, source, what)
-            grids[kind].append(grid)
+            grids.append((kind, grid))
             span = np.full(_cells(grid, config), ids.image if kind == "image" else ids.video, np.int32)
             if kind == "video":
                 seconds.append(reader.seconds_per_grid(source, what))
@@ -445,12 +509,12 @@ def _build_prompt(
         tokens,
         config,
         audio_tokens=audio_tokens,
-        image_grids=grids["image"],
-        video_grids=grids["video"],
+        image_grids=[grid for kind, grid in grids if kind == "image"],
+        video_grids=[grid for kind, grid in grids if kind == "video"],
         seconds_per_grid=seconds,
         use_audio_in_video=with_sound,
     )
-    return _Prompt(tokens, positions)
+    return _Prompt(tokens, positions, Read(tuple(audio_tokens), tuple(grid for _, grid in grids), tuple(seconds), with_sound))
 
 
 def _cells(grid: Grid, config: ThinkerConfig) -> int:

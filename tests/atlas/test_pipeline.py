@@ -17,6 +17,7 @@ from omnisapiens_jax.atlas.recipe import Recipe, lower_answer, target_text
 from omnisapiens_jax.atlas.schema import SampleError
 from omnisapiens_jax.atlas.sources import open_source
 from omnisapiens_jax.processing.chat import WordDropout
+from omnisapiens_jax.processing.media import decode_video
 from omnisapiens_jax.processing.tokenizers import QwenTokenizer
 from tests.atlas.toys import CONFIG, edit_row, recipe, write_atlas
 from tests.qwen_vocabulary import qwen_tokenizer
@@ -108,6 +109,21 @@ def test_word_dropout_leaves_out_words_and_nothing_else(atlas, mode):
             left.append(kept / len(said))
         of_epoch.append(after)
     assert of_epoch[0] != of_epoch[1] and abs(np.mean(left) - 0.5) < 0.1
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_samples_that_lose_words_are_decoded_once_and_else_as_without_a_cache(atlas, monkeypatch, workers):
+    plan: dict[str, Any] = {"target": target_text, "word_dropout": 0.5, "audio_dropout": 0.3}
+    plain, kept = (make(atlas, PipelineConfig(cache_bytes=size, workers=workers, threads=0), **plan) for size in (0, 2**28))
+    decoded = []
+    steps = 3 * plain.planner.steps_per_epoch
+    wanted = dict(plain.batches(0, steps))
+    counted = lambda *args, **how: decoded.append(args) or decode_video(*args, **how)  # noqa: E731
+    monkeypatch.setattr("omnisapiens_jax.processing.media.decode_video", counted)
+    for step, batch in kept.batches(0, steps):
+        same(batch, wanted[step])
+    source = open_source(atlas)
+    assert len(decoded) == (0 if workers else sum(len(source[i].videos) for i in range(len(source))))
 
 
 def test_word_dropout_never_lengthens_a_sample(atlas):

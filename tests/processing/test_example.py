@@ -183,6 +183,21 @@ def test_measure_equals_the_built_size(mini_tokenizer, mini, small, wav, mp4):
         assert (size.audio_tokens > 0) == ("audio" in options.modalities)
 
 
+@pytest.mark.parametrize(
+    "changes", [{}, {"use_audio_in_video": True}, {"real_timing": True}, {"modalities": ("video",)}, {"feed_media": False}]
+)
+def test_other_words_with_the_same_media_are_laid_out_without_opening_these(make, small, wav, mp4, monkeypatch, changes):
+    options = dataclasses.replace(small, **changes)
+    media = {"audios": [wav(0.7), wav(1.31, seed=1)], "videos": [mp4(10, sound=1.0), mp4(5, sound=0.6)], "images": [png(90, 60)]}
+    words, others = "<video><audio> She said no. <image><video> How?", "<video><audio> Well, she said: oh no, never! <image><video> Why?"
+    like, wanted = make(words, options, **media, response="sad"), make(others, options, **media, response="afraid, and sad")
+    for name in ("decode_audio", "decode_video", "decode_image", "has_audio", "video_shape", "image_shape", "frame_spacing"):
+        monkeypatch.setattr(f"omnisapiens_jax.processing.media.{name}", lambda *_, **__: pytest.fail("opened"))
+    found = make(others, options, **media, response="afraid, and sad", like=like)
+    for field in dataclasses.fields(found):
+        np.testing.assert_equal(getattr(found, field.name), getattr(wanted, field.name), err_msg=field.name)
+
+
 def test_sound_in_video_is_used_only_when_every_video_has_it(make, mini, small, mp4):
     options = dataclasses.replace(small, use_audio_in_video=True)
     sounding = make("<video>", options, videos=[mp4(10, sound=1.0)])
